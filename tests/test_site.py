@@ -1,0 +1,50 @@
+"The website builds without Quarto, its links lead somewhere, and its pages need nothing from elsewhere"
+import os, re, shutil, subprocess, sys
+from pathlib import Path
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT/'tools'))
+from linkcheck import check
+
+CHAPTERS = sorted(p.stem for p in (ROOT/'nbs').glob('*.ipynb'))
+
+def page(stem): return re.sub(r'^\d+[a-zA-Z0-9]*_', '', stem)
+
+@pytest.fixture(scope='module')
+def site(tmp_path_factory):
+    "The built site"
+    if not shutil.which('npm') and not (ROOT/'nbs'/'katex'/'katex.min.js').exists(): pytest.skip('the site needs KaTeX, and there is no npm to fetch it with')
+    copy = tmp_path_factory.mktemp('site')
+    for o in ('nbs', 'mim_nb', 'tools'): shutil.copytree(ROOT/o, copy/o, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints', 'runs'))
+    shutil.copy(ROOT/'settings.ini', copy)
+    r = subprocess.run([sys.executable, 'tools/site.py'], cwd=copy, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300,
+                       env=os.environ | dict(PYTHONPATH=str(copy), OMP_NUM_THREADS='1', MPLBACKEND='agg'))
+    if 'npm pack' in r.stderr: pytest.skip(r.stderr.strip().splitlines()[-1])
+    assert r.returncode==0, r.stdout+r.stderr
+    return copy/'_docs'
+
+def test_every_notebook_has_a_page(site):
+    assert [s for s in CHAPTERS if not (site/f'{page(s)}.html').exists()]==[]
+
+def test_links_lead_somewhere_and_nothing_comes_from_outside(site):
+    bad,_ = check(site)
+    assert bad==[]
+
+def test_sidebar_is_in_reading_order(site):
+    html = (site/'index.html').read_text()
+    nav = html[html.index('id="quarto-sidebar"'):html.index('<main')]
+    there = [Path(h).stem for h in re.findall(r'href="([\w.-]+\.html)"', nav)]
+    assert there==['index'] + [page(s) for s in CHAPTERS if s!='index']
+
+def test_stylesheets_load_nothing_from_outside(site):
+    urls = [u for css in site.rglob('*.css') for u in re.findall(r'(?:@import|url\()\s*["\']?(https?://[^"\')\s]+)', css.read_text())]
+    assert urls==[]
+
+def test_maths_is_typeset_from_beside_the_pages(site):
+    assert 'katex/katex.min.js' in (site/'masks.html').read_text()
+    assert list((site/'katex'/'fonts').glob('*.woff2'))
+
+def test_linkcheck_finds_what_is_broken(tmp_path):
+    (tmp_path/'a.html').write_text('<p id="x"><a href="#y"></a><a href="b.html"></a><a href="/a.html"></a><a href="a.html#x"></a><img src="https://example.com/i.png">')
+    assert sorted(why.split(':')[0] for _,_,why in check(tmp_path)[0])==['absolute', 'loaded from outside', 'missing', 'no such anchor']
