@@ -37,6 +37,11 @@ def test_sidebar_is_in_reading_order(site):
     there = [Path(h).stem for h in re.findall(r'href="([\w.-]+\.html)"', nav)]
     assert there==['index'] + [page(s) for s in CHAPTERS if s!='index']
 
+def test_exported_code_is_part_of_the_text(site):
+    words = re.sub(r'<[^>]+>', '', (site/'masks.html').read_text())
+    for name in ('def block_mask(', 'def _draw_boxes('): assert name in words
+    assert 'id="block_mask"' in (site/'masks.html').read_text()
+
 def test_stylesheets_load_nothing_from_outside(site):
     urls = [u for css in site.rglob('*.css') for u in re.findall(r'(?:@import|url\()\s*["\']?(https?://[^"\')\s]+)', css.read_text())]
     assert urls==[]
