@@ -1,5 +1,5 @@
 "What pip would install: the wheel has all it needs, and asks for all that it imports"
-import ast, importlib.util, subprocess, sys, tarfile, zipfile
+import ast, importlib.util, json, re, subprocess, sys, tarfile, zipfile
 from configparser import ConfigParser
 from importlib.metadata import version
 from pathlib import Path
@@ -9,6 +9,12 @@ ROOT = Path(__file__).parents[1]
 # what a plain `pip install` brings: settings.ini's requirements, and what these are sure to bring along
 RUNTIME = {'torch', 'timm', 'fastcore', 'matplotlib', 'fastprogress'} | {'torchvision', 'safetensors', 'huggingface_hub', 'numpy', 'PIL'}
 PACKAGE = {'mim_nb/fashion_mnist/fashion_mnist.npz', 'mim_nb/fashion_mnist/LICENSE', 'mim_nb/__init__.py', 'mim_nb/_modidx.py', 'mim_nb/data.py'}
+
+OURS = {'mim_nb'} | set(sys.stdlib_module_names)
+
+def settings():
+    cfg = ConfigParser(delimiters=['=']); cfg.read(ROOT/'settings.ini', encoding='utf-8')
+    return cfg['DEFAULT']
 
 def isolation():
     "Without build isolation nothing is fetched, but the environment's setuptools must know how to build a wheel alone"
@@ -42,9 +48,9 @@ def test_wheel_from_sdist(sdist, tmp_path):
     names,_ = wheel(sdist, tmp_path/'wheel')
     assert PACKAGE<=names
 
-def imports(file):
-    "The top-level packages that a file imports, wherever in it; those behind a `try` are optional"
-    tree = ast.parse(file.read_text())
+def imports(source):
+    "The top-level packages that some code imports, wherever in it; those behind a `try` are optional"
+    tree = ast.parse(source)
     optional = {id(o) for t in ast.walk(tree) if isinstance(t, ast.Try) for o in ast.walk(t)}
     for o in ast.walk(tree):
         if id(o) in optional: continue
@@ -53,11 +59,23 @@ def imports(file):
 
 @pytest.mark.parametrize('file', sorted((ROOT/'mim_nb').glob('[!_]*.py')), ids=lambda p: p.stem)
 def test_imports_only_what_is_required(file):
-    assert set(imports(file)) <= RUNTIME | {'mim_nb'} | set(sys.stdlib_module_names)
+    assert set(imports(file.read_text())) - OURS - RUNTIME==set()
+
+@pytest.mark.parametrize('nb', sorted((ROOT/'nbs').glob('*.ipynb')), ids=lambda p: p.stem)
+def test_notebooks_import_only_what_dev_brings(nb):
+    cells = [''.join(c['source']) for c in json.loads(nb.read_text())['cells'] if c['cell_type']=='code']
+    code = [re.sub(r'^(\s*)[%!].*$', r'\1pass', c, flags=re.M) for c in cells if not c.startswith('%%')]
+    dev = {re.match(r'[\w-]+', r)[0].replace('-', '_') for r in settings()['dev_requirements'].split()} | {'IPython', 'nbformat', 'yaml'}
+    assert {o for c in code for o in imports(c)} - OURS - RUNTIME - dev==set()
 
 def test_requirements_have_no_spaces():
     "setup.py splits them at white space"
-    cfg = ConfigParser(delimiters=['=']); cfg.read(ROOT/'settings.ini', encoding='utf-8')
     for key in ('requirements', 'dev_requirements', 'console_scripts'):
-        assert all(len(line.split())==1 for line in cfg['DEFAULT'][key].strip().splitlines()), key
-    assert not any('<' in r for r in cfg['DEFAULT']['requirements'].split())               # upper bounds are for development only
+        assert all(len(line.split())==1 for line in settings()[key].strip().splitlines()), key
+    assert '<' not in settings()['requirements']                        # upper bounds are for development only
+
+@pytest.mark.parametrize('script', settings()['console_scripts'].split(), ids=lambda s: s.split('=')[0])
+def test_commands_exist(script):
+    module,function = script.split('=')[1].split(':')
+    tree = ast.parse((ROOT/(module.replace('.', '/')+'.py')).read_text())
+    assert function in {o.name for o in tree.body if isinstance(o, ast.FunctionDef)} | {t.id for o in tree.body if isinstance(o, ast.Assign) for t in o.targets if isinstance(t, ast.Name)}
