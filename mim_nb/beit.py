@@ -14,6 +14,7 @@ from timm.models.beit import Beit
 from torch import nn
 from .masks import block_mask
 from .mim import MIM
+from .patches import patch_grid
 from .tokenizers import DVAE
 
 # %% ../nbs/08_beit.ipynb #0000000b
@@ -35,14 +36,15 @@ class BEiT(MIM):
     "Predict the visual tokens of hidden blocks (arXiv 2106.08254)"
     frozen = 'tokenizer',
     presets = dict(
-        tiny =dict(img_size=28, patch_size=4, in_chans=1, embed_dim=96, depth=4, num_heads=3, vocab_size=256),
-        small=dict(img_size=28, patch_size=4, in_chans=1, embed_dim=384, depth=8, num_heads=6, vocab_size=512, drop_path=.1),
+        tiny =dict(img_size=28, patch_size=4, in_chans=1, embed_dim=96, depth=4, num_heads=3, vocab_size=256, init_values=1.),
+        small=dict(img_size=28, patch_size=4, in_chans=1, embed_dim=384, depth=8, num_heads=6, vocab_size=512, init_values=.1, drop_path=.1),
         base =dict(img_size=224, patch_size=16, in_chans=3, embed_dim=768, depth=12, num_heads=12, vocab_size=8192, drop_path=.1),
         large=dict(img_size=224, patch_size=16, in_chans=3, embed_dim=1024, depth=24, num_heads=16, vocab_size=8192, drop_path=.1, init_values=1e-5))
-    _paper = dict(epochs=800, warmup_epochs=10, batch_size=2048, lr=1.5e-3, min_lr=1e-5, weight_decay=.05, betas=(.9,.999), clip=3., scale=(.08,1.), flip=.5, jitter=.4)
+    _paper = dict(epochs=800, warmup_epochs=10, batch_size=2048, lr=1.5e-3, min_lr=1e-5, weight_decay=.05, betas=(.9,.999), clip=3.,
+                  augment=dict(scale=(.08,1.), flip=.5, jitter=.4))
     recipes = dict(
-        tiny =dict(_paper, epochs=10, warmup_epochs=.5, batch_size=64, scale=(.5,1.), jitter=0.),
-        small=dict(_paper, epochs=100, warmup_epochs=5, batch_size=512, scale=(.5,1.), jitter=0.),
+        tiny =dict(_paper, epochs=10, warmup_epochs=.5, batch_size=64, augment=dict(scale=(.8,1.), flip=0.)),
+        small=dict(_paper, epochs=100, warmup_epochs=5, batch_size=512, augment=dict(scale=(.8,1.), flip=0.)),
         base=_paper, large=_paper)
 
     def __init__(self,
@@ -60,6 +62,7 @@ class BEiT(MIM):
         tokenizer=None,      # gives `ids(images)`, long (B,L), in [0,V); needed unless `target` is given
         mean=None, std=None, # of the encoder's normalisation, see `MIM`
     ):
+        patch_grid(img_size, patch_size)                  # says so if they do not fit
         encoder = Beit(img_size, patch_size, in_chans, num_classes=0, global_pool='token', embed_dim=embed_dim, depth=depth,
                        num_heads=num_heads or max(1, embed_dim//64), drop_path_rate=drop_path, init_values=init_values,
                        use_abs_pos_emb=False, use_shared_rel_pos_bias=True, norm_layer=partial(LayerNorm, eps=1e-6))
@@ -139,3 +142,8 @@ def reconstruct(self:BEiT,
     out = self(images, mask, generator=generator)
     ids = out.target.masked_scatter(out.mask, out.pred.argmax(-1))
     return self.tokenizer.decode(ids)
+
+@patch
+def pictures(self:BEiT, images, mask):
+    rows = super(BEiT, self).pictures(images, mask)
+    with torch.no_grad(): return {**rows, "the tokenizer's own picture: the best that could be reached": self.tokenizer.decode(self.target(images))}

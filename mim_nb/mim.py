@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from .patches import patchify
+from .patches import patchify, unpatchify
 
 # %% ../nbs/05_mim.ipynb #0000000a
 class MIMOut(NamedTuple):
@@ -36,7 +36,6 @@ class MIM(nn.Module):
     presets,recipes = {},{}               # sizes and training settings by name; each method cites its paper
     no_decay = ('cls_token', 'pos_embed') # parameters that weight decay leaves alone, besides vectors and biases
     frozen = ()                           # names of modules that only make targets (a tokenizer, a teacher): never trained
-    probe_depth = .75                     # how deep in the encoder `evaluate` looks by default, as a fraction
 
     def __init__(self,
         encoder:nn.Module, # a timm model with `patch_embed`: what the user keeps
@@ -69,6 +68,11 @@ class MIM(nn.Module):
     def loss(self, pred, target, mask, z): raise NotImplementedError
     def logs(self, pred, target, mask): return {}
     def reconstruct(self, images, mask=None): raise NotImplementedError
+    def pictures(self, images, mask):
+        "Rows of images (B,C,H,W) worth looking at, by title"
+        shown = torch.where(mask[...,None], .5, patchify(images, self.patch_size))
+        return {'images': images, 'what is shown': unpatchify(shown, self.patch_size, self.grid), 'what is predicted': self.reconstruct(images, mask)}
+    def export_encoder(self): raise NotImplementedError
 
     def normalize(self, images): return (images-self.mean)/self.std
 

@@ -1,0 +1,124 @@
+"What a notebook can't show of the loop: killed processes, a full disk, ranges of settings"
+import json, math, os, subprocess, sys, textwrap
+import pytest, torch
+from types import SimpleNamespace
+from hypothesis import given, settings, strategies as st
+from torch import nn
+from mim_nb.data import ImageSet
+from mim_nb.train import fit, load_ckpt, lr_at, param_groups, read_log, save_ckpt, step_seed, write_whole
+
+@given(steps=st.integers(1, 5000), warm=st.floats(0, 1), lr=st.floats(1e-6, 1), low=st.floats(0, 1))
+def test_learning_rate_stays_in_bounds(steps, warm, lr, low):
+    warmup,min_lr = int(steps*warm),lr*low
+    rates = [lr_at(i, steps, warmup, lr, min_lr) for i in range(steps)]
+    assert all(0<=r<=lr*(1+1e-9) for r in rates)
+    assert rates[:warmup]==sorted(rates[:warmup]) and rates[warmup:]==sorted(rates[warmup:], reverse=True)
+    assert all(r>=min_lr*(1-1e-9) for r in rates[warmup:])
+
+@given(st.lists(st.tuples(st.integers(0, 2**40), st.integers(0, 2**40), st.integers(0, 4096)), unique=True, min_size=2, max_size=20))
+def test_step_seeds_differ_and_fit_a_generator(keys):
+    seeds = [step_seed(*k) for k in keys]
+    assert len(set(seeds))==len(keys)
+    for s in seeds: torch.Generator().manual_seed(s)
+
+class Small(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.Dropout(.5), nn.Linear(8, 16))
+    def forward(self, x): return SimpleNamespace(loss=(self.net(x)-x.flatten(1)).pow(2).mean(), logs={})
+
+def small(): torch.manual_seed(0); return Small()
+DATA = ImageSet(torch.randint(0, 256, (64,1,4,4), generator=torch.Generator().manual_seed(0)).to(torch.uint8))
+KW = dict(epochs=3, batch_size=8, lr=1e-2, device='cpu', bar=False)
+
+def same(a, b): return all(torch.equal(x, y) for x,y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+@pytest.fixture(scope='module')
+def whole():
+    m = small(); fit(m, DATA, **KW)
+    return m
+
+class PowerCut(BaseException): pass
+
+@settings(max_examples=12, deadline=None)
+@given(cut=st.integers(0, 23), save_every=st.integers(1, 10))
+def test_cut_at_any_step_and_resumed_gives_the_same_bits(whole, tmp_path_factory, cut, save_every):
+    folder,seen = tmp_path_factory.mktemp('run'),0
+    def forward(m, x, y):
+        nonlocal seen
+        if seen==cut: raise PowerCut
+        seen += 1
+        return m(x)
+    with pytest.raises(PowerCut): fit(small(), DATA, folder=folder, save_every=save_every, forward=forward, **KW)
+    m = Small() if (folder/'last.ckpt').exists() else small()
+    rows = fit(m, DATA, folder=folder, save_every=save_every, resume=(folder/'last.ckpt').exists(), **KW)
+    assert same(m, whole)
+    assert [r['step'] for r in rows]==sorted({r['step'] for r in rows}) and rows[-1]['step']==24
+
+def test_fit_leaves_the_global_generator_alone():
+    m = small()
+    torch.manual_seed(5); expected = torch.rand(3)
+    torch.manual_seed(5); fit(m, DATA, **KW)
+    assert torch.equal(torch.rand(3), expected)
+
+def test_other_seed_other_result(whole):
+    m = small(); fit(m, DATA, **KW, seed=1)
+    assert not same(m, whole)
+
+@pytest.mark.parametrize('crash', ['before the first rename', 'between the renames'])
+def test_crash_while_saving(tmp_path, crash):
+    m = small(); opt = torch.optim.AdamW(param_groups(m, .05))
+    for step in (1, 2): save_ckpt(tmp_path, step, m, opt, {})
+    (tmp_path/'new.ckpt').write_bytes(b'half')
+    if crash=='between the renames': os.replace(tmp_path/'last.ckpt', tmp_path/'previous.ckpt')
+    assert load_ckpt(tmp_path)['step']==2
+    save_ckpt(tmp_path, 3, m, opt, {})
+    assert load_ckpt(tmp_path)['step']==3
+
+def test_checkpoint_with_code_is_not_run(tmp_path):
+    class Evil:
+        def __reduce__(self): return os.mkdir, (str(tmp_path/'pwned'),)
+    torch.save(dict(step=1, settings={}, model={}, opt=Evil()), tmp_path/'last.ckpt')
+    with pytest.raises(ValueError, match='no checkpoint in .* can be read'): load_ckpt(tmp_path)
+    assert not (tmp_path/'pwned').exists()
+
+def test_disk_full_while_saving(tmp_path):
+    "A limit on the size of files stands in for a full disk: writing fails in the middle"
+    code = f'''
+        import resource, sys
+        sys.path.insert(0, {str(os.path.dirname(__file__))!r})
+        from test_train import *
+        folder = {str(tmp_path)!r}
+        fit(small(), DATA, folder=folder, **KW)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        m = small(); opt = torch.optim.AdamW(param_groups(m, .05))
+        try: save_ckpt(folder, 99, m, opt, {{}})
+        except OSError as e: assert 'untouched' in str(e) and 'free some space' in str(e), e
+        else: raise SystemExit('the write did not fail')
+        assert load_ckpt(folder)['step']==24
+        assert not os.path.exists(folder+'/new.ckpt')
+    '''
+    r = subprocess.run([sys.executable, '-c', textwrap.dedent(code)], capture_output=True, text=True, timeout=120)
+    assert r.returncode==0, r.stderr
+
+def test_write_whole_cleans_up(tmp_path):
+    with pytest.raises(OSError, match='untouched'): write_whole(tmp_path/'none'/'a', lambda f: f.write(b'x'))
+    write_whole(tmp_path/'a', lambda f: f.write(b'x'))
+    assert [p.name for p in tmp_path.iterdir()]==['a']
+
+def test_log_survives_half_a_line(tmp_path):
+    (tmp_path/'log.jsonl').write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
+    assert read_log(tmp_path)==[dict(step=1, loss=2.)]
+    assert read_log(tmp_path/'nowhere')==[]
+
+def test_log_lines_are_json_without_nan(tmp_path):
+    fit(small(), DATA, folder=tmp_path, **KW)
+    for l in (tmp_path/'log.jsonl').read_text().splitlines():
+        assert all(math.isfinite(v) for v in json.loads(l, parse_constant=lambda c: pytest.fail(c)).values())
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
+def test_cuda_trains_and_resumes(tmp_path):
+    kw = dict(KW, device='cuda')
+    rows = fit(small(), DATA, folder=tmp_path, **kw)
+    assert rows[-1]['loss']<rows[0]['loss']
+    assert fit(Small(), DATA, folder=tmp_path, resume=True, **kw)==rows
