@@ -1,5 +1,5 @@
-"Masks: counts, determinism, the published statistics of BEiT's blocks, speed, errors"
-import json, math, time
+"Masks: counts, determinism, the published statistics of BEiT's blocks, errors"
+import json, math
 from pathlib import Path
 from random import Random
 import numpy as np, pytest, torch
@@ -124,9 +124,12 @@ def test_published_counts(drawn):
     a,b = np.bincount(x, minlength=76)[68:76]/20000, np.array(c['histogram']['counts'])[68:76]/20000
     assert (abs(a-b) < 3*np.sqrt((a+b)/20000)).all()
 
-def test_published_frequency_map(drawn):
-    q = np.array(REF['frequency_map']['values']); z = (drawn.mean(0)-q)/np.sqrt(q*(1-q)*2/20000)
-    assert abs(z).max()<3 and (z**2).mean()<2
+def test_published_frequency_map():
+    "Eight times as many masks as were published, so that nearly all the noise among the 196 entries is the published map's own"
+    n,q = 160_000,np.array(REF['frequency_map']['values'])
+    mine = sum(block_mask(20_000, 14, 75, generator=g).sum(0).numpy() for g in [gen(0)] for _ in range(8)).reshape(14,14)/n
+    z = (mine-q)/np.sqrt(q*(1-q)*(1/n+1/REF['masks']))
+    assert abs(z).max()<3 and .6<(z**2).mean()<1.4, (abs(z).max(), (z**2).mean())
 
 @pytest.mark.parametrize('name,flip', [('connected_components',False), ('unmasked_components',True)])
 def test_published_components(drawn, name, flip):
@@ -140,17 +143,6 @@ def test_published_neighbours(drawn):
 def test_components_themselves():
     x = np.array([[1,0,1,0],[1,1,0,0],[0,0,1,1],[1,0,0,1]], bool)[None]
     assert components(x).tolist()==[4] and components(~x).tolist()==[3]
-
-def best(f, repeats):
-    times = []
-    for _ in range(repeats): start = time.process_time(); f(); times.append(time.process_time()-start)
-    return min(times)
-
-def test_five_times_the_loop():
-    threads,rand,g = torch.get_num_threads(),Random(0).random,gen(); torch.set_num_threads(1)
-    try: ratio = best(lambda: [loop_mask((14,14), 75, rand) for _ in range(1024)], 5)/best(lambda: block_mask(1024, 14, 75, generator=g), 30)
-    finally: torch.set_num_threads(threads)
-    assert ratio>5, ratio
 
 def test_generator_goes_on_and_global_seed():
     g = gen(); a,b = block_mask(8, 14, 75, generator=g),block_mask(8, 14, 75, generator=g)
