@@ -105,11 +105,12 @@ class DalleTokenizer(PublishedTokenizer):
         return ((self.decoder(z)[:,:self.in_chans].sigmoid()-.1)/.8).clamp(0,1)
 
 # %% ../nbs/07b_authors_tokenizers.ipynb #00000011
-DalleTokenizer.official = [(rf'{pre}blocks\.(.*)\.{s}', rf'{ours}.\1.{name}') for pre,ours in (('decoder.','decoder'), ('(?:encoder.)?','encoder')) for s,name in (('w','weight'), ('b','bias'))]
+DalleTokenizer.official = [(rf'{pre}blocks\.(.*)\.{s}', rf'{ours}.\1.{name}') for pre,ours in (('decoder.','decoder'), ('(?:encoder.)?','encoder')) for s,name in (('w','weight'), ('b','bias'))] + [('(.*)', r'\1')]
 
 @patch(cls_method=True)
 def official_sizes(cls:DalleTokenizer, w):
     "Constructor arguments from the shapes of the published weights"
+    if w['encoder.input.weight'].shape[-1]!=7: raise ValueError("these are not the weights of DALL-E's encoder, whose first kernels are 7x7: give encoder.pkl; decoder.pkl is read too if it lies beside it")
     first,groups = w['encoder.input.weight'],sum('block_1.res_path.conv_1.weight' in k for k in w if k.startswith('encoder'))
     return dict(in_chans=first.shape[1], width=len(first), groups=groups, vocab_size=len(w['encoder.output.conv.weight']),
                 blocks=sum('group_1.' in k and 'conv_1.weight' in k for k in w if k.startswith('encoder')),
