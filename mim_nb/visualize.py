@@ -60,6 +60,11 @@ def _prepare(m, images):
         raise ValueError(f"this encoder takes images of shape (B, {want[0]}, {want[1]}, {want[2]}), got {tuple(images.shape)}: resize them, or change the channels")
     return enc,normalize(images.to(next(enc.parameters()).device))
 
+def _layer(layer, n, what):
+    if not 0<(n if layer is None else layer)<=n: raise ValueError(f"layer must lie between 1 and {n}, the {what} of this encoder; got {layer}")
+    return (layer or n)-1
+
+# %% ../nbs/15_visualize.ipynb #00000017
 @torch.no_grad()
 def _each_attention(m, images, f):
     "What `f` makes of the attention weights (B,heads,N,N) of each layer, in a list"
@@ -75,11 +80,7 @@ def _each_attention(m, images, f):
     if not spy.kept: raise ValueError(f"{type(enc).__name__} has no attention to look at: it never calls scaled_dot_product_attention; take a transformer")
     return spy.kept
 
-def _layer(layer, n, what):
-    if not 0<(n if layer is None else layer)<=n: raise ValueError(f"layer must lie between 1 and {n}, the {what} of this encoder; got {layer}")
-    return (layer or n)-1
-
-# %% ../nbs/15_visualize.ipynb #00000016
+# %% ../nbs/15_visualize.ipynb #00000018
 def attention_maps(
     m,          # a method, or a timm model
     images,     # (B,C,H,W), float in [0,1], of the encoder's size; a few
@@ -89,7 +90,7 @@ def attention_maps(
     maps = _each_attention(m, images, lambda w: w)
     return maps[_layer(layer, len(maps), 'attention layers')].cpu()
 
-# %% ../nbs/15_visualize.ipynb #00000020
+# %% ../nbs/15_visualize.ipynb #00000022
 def _place(enc, w):
     "The grid of patches that attention weights speak of, whole image or window, and how many tokens come before it"
     grid,prefix = getattr(getattr(enc, 'patch_embed', None), 'grid_size', None) or (0,0),getattr(enc, 'num_prefix_tokens', 0)
@@ -113,14 +114,14 @@ def show_attention(
     axes = fig.subplots(len(w), 1+w.shape[1], squeeze=False)
     for row,im,heads in zip(axes, images, w):
         show = im.detach().cpu().permute(1,2,0).clamp(0,1).expand(-1,-1,3)
-        row[0].imshow(show, extent=(-.5,c-.5,r-.5,-.5))
-        for ax,h in zip(row[1:], heads): ax.imshow(h, cmap='viridis', vmin=0, vmax=heads.max())
+        row[0].imshow(show.numpy(), extent=(-.5,c-.5,r-.5,-.5))
+        for ax,h in zip(row[1:], heads): ax.imshow(h.numpy(), cmap='viridis', vmin=0, vmax=heads.max().item())
         for ax in row:
             ax.axis('off')
             if query is not None: ax.add_patch(plt.Rectangle((query%c-.5, query//c-.5), 1, 1, fill=False, ec='#D55E00', lw=1.5))
     for ax,t in zip(axes[0], ['image', *(f'head {i}' for i in range(w.shape[1]))]): ax.set_title(t)
 
-# %% ../nbs/15_visualize.ipynb #00000026
+# %% ../nbs/15_visualize.ipynb #00000028
 def attention_distance(
     w,        # attention weights, (B,heads,N,N)
     grid,     # (rows, cols) of patches, or of a window
@@ -133,12 +134,14 @@ def attention_distance(
     w = w[..., prefix:, prefix:]
     return ((w*d).sum(-1)/w.sum(-1).clamp(min=1e-12)).mean((0,2))
 
+# %% ../nbs/15_visualize.ipynb #0000002b
 def attention_entropy(
     w # attention weights, (B,heads,N,N)
 )->torch.Tensor: # (heads,), nats, from 0 to ln N
     "Is attention on few tokens or on all"
     return torch.special.entr(w).sum(-1).mean((0,2))
 
+# %% ../nbs/15_visualize.ipynb #0000002e
 def attention_diversity(
     w # attention weights, (B,heads,N,N)
 )->torch.Tensor: # (heads,), nats, from 0
@@ -146,7 +149,7 @@ def attention_diversity(
     cross = torch.einsum('bhij,bgij->hg', w, w.clamp(min=1e-9).log())/(w.shape[0]*w.shape[2])
     return (cross.diagonal()[:,None]-cross).sum(1)/max(1, len(cross)-1)
 
-# %% ../nbs/15_visualize.ipynb #0000002a
+# %% ../nbs/15_visualize.ipynb #00000031
 def attention_stats(
     m,      # a method, or a timm transformer
     images, # (B,C,H,W), float in [0,1], of the encoder's size; a few dozen
@@ -158,6 +161,7 @@ def attention_stats(
     layers = _each_attention(m, images, numbers)
     return {k: [l[k] for l in layers] for k in layers[0]}
 
+# %% ../nbs/15_visualize.ipynb #00000033
 def plot_attention_stats(
     stats:dict, # label -> what `attention_stats` returned
     fig=None,   # matplotlib (sub)figure to draw in; None: a new one
@@ -168,12 +172,12 @@ def plot_attention_stats(
     for ax,(k,unit) in zip(fig.subplots(1, 3), units.items()):
         for i,(label,s) in enumerate(stats.items()):
             at = [l+1+.12*(i-(len(stats)-1)/2) for l in range(len(s[k]))]
-            line, = ax.plot(at, [h.mean() for h in s[k]], ('-','--',':','-.')[i%4], label=label)
-            for x,h in zip(at, s[k]): ax.plot([x]*len(h), h, ('o','s','^','D')[i%4], ms=3.5, alpha=.7, color=line.get_color())
+            line, = ax.plot(at, [h.mean().item() for h in s[k]], ('-','--',':','-.')[i%4], label=label)
+            for x,h in zip(at, s[k]): ax.plot([x]*len(h), h.tolist(), ('o','s','^','D')[i%4], ms=3.5, alpha=.7, color=line.get_color())
         ax.set(title=k, xlabel='layer', ylabel=unit, xticks=range(1, len(at)+1))
     ax.legend()
 
-# %% ../nbs/15_visualize.ipynb #0000002e
+# %% ../nbs/15_visualize.ipynb #00000037
 @torch.no_grad()
 def feature_pca(
     m,          # a method, or a timm model
@@ -192,7 +196,7 @@ def feature_pca(
     low,high = p.transpose(0,1).flatten(1).quantile(torch.tensor([.02,.98], device=p.device), 1)[...,None,None]
     return ((p-low)/(high-low).clamp(min=1e-12)).clamp(0,1).cpu()
 
-# %% ../nbs/15_visualize.ipynb #00000032
+# %% ../nbs/15_visualize.ipynb #0000003b
 def show_pca(
     m,          # a method, or a timm model
     images,     # (B,C,H,W), float in [0,1], of the encoder's size; two or more
@@ -207,7 +211,7 @@ def show_pca(
         sub.suptitle(title, x=.01, ha='left', fontsize=9)
         show_images(ims, ncols=len(images), fig=sub)
 
-# %% ../nbs/15_visualize.ipynb #00000035
+# %% ../nbs/15_visualize.ipynb #0000003e
 def neighbours(
     m,          # a method, or a timm model
     images,     # the images that ask, uint8 or float in [0,1], (B,C,H,W)
@@ -220,6 +224,7 @@ def neighbours(
     f,q = standardize(features(m, pool.images, layer), features(m, images, layer))
     return (F.normalize(q, dim=1) @ F.normalize(f, dim=1).T).topk(k).indices
 
+# %% ../nbs/15_visualize.ipynb #00000040
 def show_neighbours(
     m,          # a method, or a timm model
     images,     # the images that ask, uint8 or float in [0,1], (B,C,H,W)
@@ -235,7 +240,7 @@ def show_neighbours(
     titles = [t for n in near for t in ('asks', *(name(i) for i in n))]
     show_images(ims, ncols=k+1, titles=titles, size=1.05, fig=fig)
 
-# %% ../nbs/15_visualize.ipynb #00000039
+# %% ../nbs/15_visualize.ipynb #00000043
 def plot_curves(
     runs,      # a run's folder, or several
     keys=None, # what to draw, such as ['loss']; None: everything but the step, the rate and the speed
@@ -257,7 +262,7 @@ def plot_curves(
         ax.set(title=k.replace('_', ' '), xlabel='epoch')
     if len(logs)>1: ax.legend()
 
-# %% ../nbs/15_visualize.ipynb #0000003d
+# %% ../nbs/15_visualize.ipynb #00000047
 class Run:
     "What is in the folder of a run, read when asked for"
     def __init__(self,
@@ -302,11 +307,16 @@ class Run:
         "The first `n` of them, float in [0,1], on the device"
         return resize(self.data.images[:n].to(self.device), self.config['model']['img_size'])
 
-# %% ../nbs/15_visualize.ipynb #00000041
+# %% ../nbs/15_visualize.ipynb #0000004b
 def _stats(run, others):
     x = run.images(32)
     return {'untrained': attention_stats(run.untrained, x), **{str(r.folder): attention_stats(r.encoder, x) for r in (run, *others)}}
 
+def _near(run, layer, fig):
+    n = max(1, min(4, len(run.data)//2)); pool = run.data.take(slice(n, None))
+    show_neighbours(run.encoder, run.data.images[:n], pool, min(7, len(pool)), layer, fig)
+
+# %% ../nbs/15_visualize.ipynb #0000004c
 figures = dict(
     pictures  =('reconstructions.png', 'what is hidden, and what is predicted', (8,5),
                 lambda run,others,layer,fig: show_pictures(run.method, run.images(8), generator=torch.Generator(run.device).manual_seed(0), fig=fig)),
@@ -317,7 +327,7 @@ figures = dict(
     features  =('features.png', 'principal components of patch features', (8,6),
                 lambda run,others,layer,fig: show_pca(run.encoder, run.images(8), layer, fig=fig)),
     neighbours=('neighbours.png', 'the nearest of the other test images', (8.5,5),
-                lambda run,others,layer,fig: show_neighbours(run.encoder, run.data.images[:4], run.data.take(slice(4, None)), layer=layer, fig=fig)),
+                lambda run,others,layer,fig: _near(run, layer, fig)),
     curves    =('curves.png', 'the log, over epochs', (9,2.8),
                 lambda run,others,layer,fig: plot_curves([r.folder for r in (run, *others)], fig=fig)))
 
@@ -334,7 +344,7 @@ def _draw(name, run, others, layer):
         finally: plt.close(fig)
     return run.folder/file
 
-# %% ../nbs/15_visualize.ipynb #00000042
+# %% ../nbs/15_visualize.ipynb #0000004d
 def mim_show(
     run:str='runs/beit',   # a run's folder (may be the first word)
     what:str='all',        # figures, separated by commas: pictures, attention, statistics, features, neighbours, curves
