@@ -36,14 +36,14 @@ class BEiT(MIM):
     "Predict the visual tokens of hidden blocks (arXiv 2106.08254)"
     frozen = 'tokenizer',
     presets = dict(
-        tiny =dict(img_size=28, patch_size=4, in_chans=1, embed_dim=96, depth=4, num_heads=3, vocab_size=256, init_values=1.),
+        tiny =dict(img_size=28, patch_size=4, in_chans=1, embed_dim=96, depth=4, num_heads=3, vocab_size=256),
         small=dict(img_size=28, patch_size=4, in_chans=1, embed_dim=384, depth=8, num_heads=6, vocab_size=512, init_values=.1, drop_path=.1),
         base =dict(img_size=224, patch_size=16, in_chans=3, embed_dim=768, depth=12, num_heads=12, vocab_size=8192, drop_path=.1),
         large=dict(img_size=224, patch_size=16, in_chans=3, embed_dim=1024, depth=24, num_heads=16, vocab_size=8192, drop_path=.1, init_values=1e-5))
     _paper = dict(epochs=800, warmup_epochs=10, batch_size=2048, lr=1.5e-3, min_lr=1e-5, weight_decay=.05, betas=(.9,.999), clip=3.,
                   augment=dict(scale=(.08,1.), flip=.5, jitter=.4))
     recipes = dict(
-        tiny =dict(_paper, epochs=10, warmup_epochs=.5, batch_size=64, augment=dict(scale=(.8,1.), flip=0.)),
+        tiny =dict(_paper, epochs=8, warmup_epochs=.5, batch_size=64, augment=dict(scale=(.8,1.), flip=0.)),
         small=dict(_paper, epochs=100, warmup_epochs=5, batch_size=512, augment=dict(scale=(.8,1.), flip=0.)),
         base=_paper, large=_paper)
 
@@ -86,9 +86,7 @@ class BEiT(MIM):
 
     def decode(self, z, mask): return self.head(z[:,1:][mask])
 
-    def target(self, images):
-        if self.tokenizer is None: raise ValueError("this BEiT has no tokenizer, so it has no target: pass target=ids, or give it one with m.set_tokenizer(t)")
-        return self.tokenizer.ids(images)
+    def target(self, images): return self.get_tokenizer().ids(images)
 
     def loss(self, pred, target, mask, z): return F.cross_entropy(pred, target[mask])
 
@@ -117,6 +115,12 @@ def set_tokenizer(self:BEiT,
         t.requires_grad_(False).eval()
     self.tokenizer = t
 
+@patch
+def get_tokenizer(self:BEiT):
+    "The tokenizer, or a sentence on how to get one"
+    if self.tokenizer is None: raise ValueError(f"this {type(self).__name__} has no tokenizer, so it has no target: pass target=…, or give it one with m.set_tokenizer(t)")
+    return self.tokenizer
+
 # %% ../nbs/08_beit.ipynb #00000029
 @patch
 @torch.no_grad()
@@ -140,10 +144,10 @@ def reconstruct(self:BEiT,
 )->torch.Tensor:    # (B,C,H,W) in [0,1]
     "What the tokenizer paints from the predicted tokens at hidden places and its own elsewhere"
     out = self(images, mask, generator=generator)
-    ids = out.target.masked_scatter(out.mask, out.pred.argmax(-1))
+    ids = self.tokenizer.ids(images).masked_scatter(out.mask, out.pred.argmax(-1))
     return self.tokenizer.decode(ids)
 
 @patch
 def pictures(self:BEiT, images, mask):
     rows = super(BEiT, self).pictures(images, mask)
-    with torch.no_grad(): return {**rows, "the tokenizer's own picture: the best that could be reached": self.tokenizer.decode(self.target(images))}
+    with torch.no_grad(): return {**rows, "the tokenizer's own picture: the best that could be reached": self.tokenizer.decode(self.tokenizer.ids(images))}

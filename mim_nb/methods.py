@@ -8,9 +8,10 @@ __all__ = ['methods', 'nearest', 'get_method', 'create']
 # %% ../nbs/16_methods.ipynb #00000003
 import difflib
 from .beit import BEiT
+from .mcbeit import McBEiT
 
 # %% ../nbs/16_methods.ipynb #00000006
-methods = dict(beit=BEiT)
+methods = dict(beit=BEiT, mcbeit=McBEiT)
 
 def nearest(
     name,  # what was given

@@ -7,17 +7,18 @@ __all__ = ['tokenizer_recipe', 'min_steps', 'mim_pretrain_cli', 'settings', 'ope
            'save_pictures', 'pretrain', 'mim_pretrain']
 
 # %% ../nbs/17_pretrain.ipynb #00000003
-import json, platform, sys, time
+import json, platform, statistics, sys, time
 import timm, torch, matplotlib.pyplot as plt
 from pathlib import Path
 from .augment import Augment, resize
 from .checkpoints import save_encoder
 from .cli import command
-from .data import ImageSet, load_data, show_images, steps_per_epoch
+from .data import ImageSet, load_data, steps_per_epoch
 from .evaluate import evaluate
 from .methods import get_method, nearest
 from .tokenizers import DVAE, load_tokenizer, perplexity, save_tokenizer, usage
 from .train import fit, get_device, write_json, write_whole
+from .visualize import show_pictures
 
 # %% ../nbs/17_pretrain.ipynb #00000008
 def settings(
@@ -99,14 +100,10 @@ def save_pictures(
     path,   # a PNG file
 ):
     "Write the method's `pictures` of some images, a row for each kind"
-    mask = m.sample_mask(len(images), torch.Generator(images.device).manual_seed(0))
-    rows = m.pictures(images, mask)
-    with plt.rc_context({'text.color': 'black', 'font.size': 9}):
-        fig = plt.figure(figsize=(len(images), 1.2*len(rows)), layout='constrained', dpi=150)
-        for sub,(title,ims) in zip(fig.subfigures(len(rows), 1), rows.items()):
-            sub.suptitle(title, x=.01, ha='left')
-            show_images(ims, ncols=len(images), fig=sub)
-        write_whole(path, lambda f: fig.savefig(f, format='png', facecolor='white', transparent=False))
+    with plt.style.context('default'):
+        fig = plt.figure(figsize=(len(images), 1.2*len(images)/2), layout='constrained', dpi=150)
+        show_pictures(m, images, generator=torch.Generator(images.device).manual_seed(0), fig=fig)
+        write_whole(path, lambda f: fig.savefig(f, format='png'))
         plt.close(fig)
 
 # %% ../nbs/17_pretrain.ipynb #00000013
@@ -124,9 +121,9 @@ def _machine(device):
 
 def _report(out, metrics):
     if metrics['after']:
-        print(f"\n{'accuracy':<12}" + ''.join(f'{k:>8}' for k in metrics['after']))
+        print(f"\n\n{'accuracy':<12}" + ''.join(f'{k:>8}' for k in metrics['after']))
         for row,name in (('before','untrained'), ('after','pretrained')): print(f'{name:<12}' + ''.join(f'{v:8.1%}' for v in metrics[row].values()))
-    else: print("\nThe images have no labels, so there is no accuracy to measure: look at the pictures")
+    else: print("\n\nThe images have no labels, so there is no accuracy to measure: look at the pictures")
     print(f"""
 {metrics['seconds']:.0f} seconds in all; pretraining saw {metrics['images_per_second']:.0f} images a second
 encoder   {out}/encoder   timm.create_model('local-dir:{out}/encoder', pretrained=True)
@@ -167,12 +164,12 @@ def pretrain(
         print('First a tokenizer')
         t = get_tokenizer(m, train, config, out/'tokenizer', resume, tokenizer, device=device, workers=workers).to(device)
         m.set_tokenizer(t)
-        print(vocabulary(t, held.images))
+        print('\n'+vocabulary(t, held.images))
     print(f"Now {recipe['epochs']:g} epochs of {per_epoch} steps")
     augment = Augment(m.img_size[0], **recipe.pop('augment'))
     log = fit(m, train, **recipe, augment=augment, seed=config['seed'], device=device, workers=workers, folder=out, resume=resume and (out/'last.ckpt').exists())
 
-    speed = sorted(r['images_per_second'] for r in log)[len(log)//2]
+    speed = statistics.median(r['images_per_second'] for r in log)
     metrics.update(after=_examine(m, few, held), seconds=time.time()-start, images_per_second=speed)
     save_encoder(m, out/'encoder')
     save_pictures(m, resize(held.images[:8].to(device), m.img_size[0]), out/'reconstructions.png')

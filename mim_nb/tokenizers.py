@@ -112,7 +112,7 @@ def usage(
     dev = next(t.parameters()).device
     return sum(t.ids(x.to(dev)/255).flatten().bincount(minlength=t.vocab_size) for x in images.split(batch))
 
-# %% ../nbs/07_tokenizers.ipynb #0000002c
+# %% ../nbs/07_tokenizers.ipynb #0000002e
 def save_tokenizer(t, folder):
     "Write a `DVAE` as `config.json` and `model.safetensors`"
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
@@ -128,3 +128,6 @@ def load_tokenizer(folder)->DVAE:
     t = DVAE(**json.loads(files[0].read_text()))
     t.load_state_dict(load_file(files[1]))
     return t.eval()
+
+# %% ../nbs/07b_authors_tokenizers.ipynb #0000003c
+from .authors_tokenizers import DalleTokenizer, VQGANTokenizer

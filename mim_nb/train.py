@@ -100,7 +100,9 @@ class _Polite:
         main = threading.current_thread() is threading.main_thread()        # only there may handlers be set
         self.old = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)} if main else {}
         return self
-    def note(self, signum, frame): self.signum = signum
+    def note(self, signum, frame):
+        if self.signum: raise KeyboardInterrupt             # asked twice: stop at once
+        self.signum = signum
     def __exit__(self, *_):
         for s,h in self.old.items(): signal.signal(s, h)
 
@@ -159,7 +161,7 @@ def fit(
     device = get_device(device); m.to(device).train()
     opt = torch.optim.AdamW(param_groups(m, weight_decay), lr=lr, betas=betas)
     per_epoch = steps_per_epoch(data, batch_size)
-    steps,warmup = round(epochs*per_epoch),round(warmup_epochs*per_epoch)
+    steps,warmup = max(1, round(epochs*per_epoch)),round(warmup_epochs*per_epoch)
     start,rows = _resume(folder, m, opt, settings) if resume else (0, [])
     stream = batches(data, batch_size, start, steps, seed=seed, device=device, workers=workers)
     total,n,since = {},0,time.time()
