@@ -50,7 +50,7 @@ def xavier_init(
 def export_vit(
     encoder:VisionTransformer, # as `sincos_vit` makes it
 )->tuple:                      # a copy in eval mode, timm's name for it, and its arguments
-    "A plain ViT as `MIM.export_encoder` should return it"
+    "A plain ViT as `export_encoder` should return it"
     e,pe = encoder,encoder.patch_embed
     args = dict(img_size=pe.img_size[0], patch_size=pe.patch_size[0], in_chans=pe.proj.in_channels, num_classes=0, embed_dim=e.embed_dim,
                 depth=len(e.blocks), num_heads=e.blocks[0].attn.num_heads)

@@ -7,7 +7,6 @@ __all__ = ['refine', 'cross_entropies', 'McBEiT']
 
 # %% ../nbs/09_mcbeit.ipynb #00000003
 import torch, torch.nn.functional as F
-from fastcore.basics import patch
 from fastcore.meta import delegates
 from torch.utils.checkpoint import checkpoint
 from .beit import BEiT
@@ -60,9 +59,7 @@ class McBEiT(BEiT):
 
     def sample_mask(self, n, generator=None): return random_mask(n, self.num_patches, self.mask_ratio, generator, self.device)
 
-    def target(self, images):
-        if self.tokenizer is None: raise ValueError("this McBEiT has no tokenizer, so it has no target: pass target=logits, or give it one with m.set_tokenizer(t)")
-        return self.tokenizer.logits(images)
+    def target(self, images): return self.get_tokenizer().logits(images)
 
     def loss(self, pred, target, mask, z):
         want = (*mask.shape, self.head.out_features)
@@ -75,20 +72,3 @@ class McBEiT(BEiT):
             return (self.omega*(w*ce).sum(1) + (1-self.omega)*own).mean()
 
     def logs(self, pred, target, mask): return super().logs(pred, target.argmax(-1), mask)
-
-# %% ../nbs/09_mcbeit.ipynb #00000037
-@patch
-@torch.no_grad()
-def reconstruct(self:McBEiT,
-    images,         # (B,C,H,W) in [0,1]
-    mask=None,      # bool (B,L); None: drawn
-    generator=None, # for the mask
-)->torch.Tensor:    # (B,C,H,W) in [0,1]
-    "What the tokenizer paints from the likeliest predicted tokens at hidden places and its own elsewhere"
-    out = self(images, mask, generator=generator)
-    return self.tokenizer.decode(out.target.argmax(-1).masked_scatter(out.mask, out.pred.argmax(-1)))
-
-@patch
-def pictures(self:McBEiT, images, mask):
-    rows = super(BEiT, self).pictures(images, mask)
-    with torch.no_grad(): return {**rows, "the tokenizer's own picture: the best that could be reached": self.tokenizer.decode(self.tokenizer.ids(images))}
