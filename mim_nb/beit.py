@@ -43,7 +43,7 @@ class BEiT(MIM):
     _paper = dict(epochs=800, warmup_epochs=10, batch_size=2048, lr=1.5e-3, min_lr=1e-5, weight_decay=.05, betas=(.9,.999), clip=3.,
                   augment=dict(scale=(.08,1.), flip=.5, jitter=.4))
     recipes = dict(
-        tiny =dict(_paper, epochs=8, warmup_epochs=.5, batch_size=64, augment=dict(scale=(.8,1.), flip=0.)),
+        tiny =dict(_paper, epochs=6, warmup_epochs=.5, batch_size=64, augment=dict(scale=(.8,1.), flip=0.)),
         small=dict(_paper, epochs=100, warmup_epochs=5, batch_size=512, augment=dict(scale=(.8,1.), flip=0.)),
         base=_paper, large=_paper)
 
