@@ -15,7 +15,6 @@ from torch import nn
 from .masks import block_mask
 from .mim import MIM
 from .patches import patch_grid
-from .tokenizers import DVAE
 
 # %% ../nbs/08_beit.ipynb #0000000b
 @torch.no_grad()

@@ -9,10 +9,10 @@ __all__ = ['tokenizers', 'unwrap', 'read_weights', 'official_name', 'load_offici
 import argparse, re, shutil, torch
 from collections import abc
 from pathlib import Path
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from .authors_tokenizers import DalleTokenizer, VQGANTokenizer
 from .methods import get_method, methods, nearest
-from .train import write_json, write_whole
+from .train import write_json, write_weights
 
 # %% ../nbs/18_checkpoints.ipynb #00000007
 def unwrap(
@@ -80,8 +80,7 @@ def save_encoder(
     cfg = dict(input_size=[m.in_chans, *m.img_size], fixed_input_size=True, mean=m.mean.flatten().tolist(), std=m.std.flatten().tolist(),
                crop_pct=1., interpolation='bicubic', num_classes=0, first_conv='patch_embed.proj', classifier='head')
     shutil.rmtree(new, ignore_errors=True); new.mkdir(parents=True)
-    weights = {k: v.detach().cpu().contiguous() for k,v in model.state_dict().items()}
-    write_whole(new/'model.safetensors', lambda f: f.write(save(weights, metadata=dict(format='pt'))))
+    write_weights(new/'model.safetensors', model, format='pt')
     write_json(new/'config.json', dict(architecture=architecture, num_classes=0, num_features=model.num_features, global_pool=model.global_pool, model_args=args, pretrained_cfg=cfg))
     shutil.rmtree(folder, ignore_errors=True)
     new.rename(folder)

@@ -10,10 +10,10 @@ import json, math
 from pathlib import Path
 from typing import NamedTuple
 import torch, torch.nn.functional as F
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import nn
 from .patches import patch_grid
-from .train import write_json, write_whole
+from .train import write_json, write_weights
 
 # %% ../nbs/07_tokenizers.ipynb #0000000e
 def perplexity(
@@ -116,8 +116,7 @@ def usage(
 def save_tokenizer(t, folder):
     "Write a `DVAE` as `config.json` and `model.safetensors`"
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
-    weights = {k: v.detach().cpu().contiguous() for k,v in t.state_dict().items()}
-    write_whole(folder/'model.safetensors', lambda f: f.write(save(weights)))
+    write_weights(folder/'model.safetensors', t)
     write_json(folder/'config.json', t.config)
 
 def load_tokenizer(folder)->DVAE:

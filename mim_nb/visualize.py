@@ -25,6 +25,14 @@ from .tokenizers import load_tokenizer
 from .train import get_device, load_ckpt, read_log, write_whole
 
 # %% ../nbs/15_visualize.ipynb #0000000d
+def _show_rows(rows, fig):
+    "Rows of images, each under its title"
+    n = len(next(iter(rows.values())))
+    if fig is None: fig = plt.figure(figsize=(n, 1.2*len(rows)), layout='constrained')
+    for sub,(title,ims) in zip(fig.subfigures(len(rows), 1, squeeze=False).flat, rows.items()):
+        sub.suptitle(title, x=.01, ha='left', fontsize=9)
+        show_images(ims, ncols=n, fig=sub)
+
 def show_pictures(
     m:MIM,               # a method
     images:torch.Tensor, # (B,C,H,W), float in [0,1]
@@ -34,11 +42,7 @@ def show_pictures(
 ):
     "A method's `pictures` of some images, a titled row for each kind"
     m.check_images(images)
-    rows = m.pictures(images, m.sample_mask(len(images), generator) if mask is None else mask)
-    if fig is None: fig = plt.figure(figsize=(len(images), 1.2*len(rows)), layout='constrained')
-    for sub,(title,ims) in zip(fig.subfigures(len(rows), 1, squeeze=False).flat, rows.items()):
-        sub.suptitle(title, x=.01, ha='left', fontsize=9)
-        show_images(ims, ncols=len(images), fig=sub)
+    _show_rows(m.pictures(images, m.sample_mask(len(images), generator) if mask is None else mask), fig)
 
 # %% ../nbs/15_visualize.ipynb #00000014
 class _Spy(TorchFunctionMode):
@@ -205,11 +209,7 @@ def show_pca(
 ):
     "Images, the three principal components of their patch features as red, green and blue, and each in grey"
     p = feature_pca(m, images, layer)
-    rows = {'images': images, 'components 1, 2, 3 as red, green, blue': p, **{f'component {i+1}': p[:,i:i+1] for i in range(3)}}
-    if fig is None: fig = plt.figure(figsize=(len(images), 1.2*len(rows)), layout='constrained')
-    for sub,(title,ims) in zip(fig.subfigures(len(rows), 1), rows.items()):
-        sub.suptitle(title, x=.01, ha='left', fontsize=9)
-        show_images(ims, ncols=len(images), fig=sub)
+    _show_rows({'images': images, 'components 1, 2, 3 as red, green, blue': p, **{f'component {i+1}': p[:,i:i+1] for i in range(3)}}, fig)
 
 # %% ../nbs/15_visualize.ipynb #0000003e
 def neighbours(
