@@ -9,7 +9,7 @@ from mim_nb.data import load_data
 from mim_nb.evaluate import features, load_encoder, mim_evaluate_cli
 from mim_nb.pretrain import mim_pretrain_cli
 
-ENV = os.environ | dict(OMP_NUM_THREADS='1', MPLBACKEND='agg')
+ENV = os.environ | dict(MPLBACKEND='agg')
 def command(name, *args, cwd=None): return [str(Path(sys.executable).parent/name), *map(str, args)]
 def run(cwd, name, *args, **kw): return subprocess.run(command(name, *args), cwd=cwd, env=ENV, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL, **kw)
 def error(r): return r.stderr.strip().splitlines()[-1]

@@ -19,7 +19,7 @@ def site(tmp_path_factory):
     for o in ('nbs', 'mim_nb', 'tools'): shutil.copytree(ROOT/o, copy/o, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints', 'runs'))
     shutil.copy(ROOT/'settings.ini', copy)
     r = subprocess.run([sys.executable, 'tools/site.py'], cwd=copy, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300,
-                       env=os.environ | dict(PYTHONPATH=str(copy), OMP_NUM_THREADS='1', MPLBACKEND='agg'))
+                       env=os.environ | dict(PYTHONPATH=str(copy), MPLBACKEND='agg'))
     if 'npm pack' in r.stderr: pytest.skip(r.stderr.strip().splitlines()[-1])
     if r.returncode: pytest.fail('tools/site.py failed:\n' + r.stderr[-1500:], pytrace=False)
     return copy/'_docs'
