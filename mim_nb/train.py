@@ -151,6 +151,7 @@ def fit(
     clip=3.,              # largest norm of the whole gradient; None: no clipping
     augment=None,         # bytes (B,C,H,W) -> float in [0,1], for instance `Augment(…)`; None: only that conversion
     forward=None,         # `forward(m, images, labels)`, when there is more to do than `m(images)`
+    optimizer=None,       # `optimizer(m)`, whose groups may have an `lr_scale`; None: AdamW on `param_groups`
     seed=0,               # every random choice is a function of it, the step and the rank
     device='auto',        # see `get_device`
     folder=None,          # where `log.jsonl` and checkpoints go; None: nowhere
@@ -164,7 +165,7 @@ def fit(
     settings = dict(model=type(m).__name__, images=len(data), epochs=epochs, batch_size=batch_size, lr=lr, warmup_epochs=warmup_epochs, min_lr=min_lr,
                     weight_decay=weight_decay, betas=list(betas), clip=clip, augment=repr(augment), seed=seed)
     device = get_device(device); m.to(device).train()
-    opt = torch.optim.AdamW(param_groups(m, weight_decay), lr=lr, betas=betas)
+    opt = optimizer(m) if optimizer else torch.optim.AdamW(param_groups(m, weight_decay), lr=lr, betas=betas)
     per_epoch = steps_per_epoch(data, batch_size)
     steps,warmup = max(1, round(epochs*per_epoch)),round(warmup_epochs*per_epoch)
     start,rows = _resume(folder, m, opt, settings) if resume else (0, [])
@@ -174,7 +175,8 @@ def fit(
         for i,(x,y) in zip(pb := progress_bar(range(start, steps)) if bar else range(start, steps), stream):
             torch.manual_seed(step_seed(seed, i))
             if hasattr(m, 'progress'): m.progress = i/steps
-            for g in opt.param_groups: g['lr'] = lr_at(i, steps, warmup, lr, min_lr)
+            rate = lr_at(i, steps, warmup, lr, min_lr)
+            for g in opt.param_groups: g['lr'] = rate*g.get('lr_scale', 1)
             x = augment(x) if augment else x/255
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type=='cuda'):
                 out = forward(m, x, y) if forward else m(x)
@@ -188,7 +190,7 @@ def fit(
             if save or step%log_every==0:
                 logs = _mean_logs(total, n)
                 if not math.isfinite(logs['loss']): raise FloatingPointError(_not_finite(step-n+1, step, logs, lr, folder))
-                rows.append(dict(step=step, epoch=step/per_epoch, lr=g['lr'], **logs, images_per_second=n*batch_size/(time.time()-since)))
+                rows.append(dict(step=step, epoch=step/per_epoch, lr=rate, **logs, images_per_second=n*batch_size/(time.time()-since)))
                 if bar: pb.comment = f"loss {logs['loss']:.3f}"
                 if folder: _append(folder, rows[-1])
                 total,n,since = {},0,time.time()
