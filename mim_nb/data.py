@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['plot_style', 'fashion_classes', 'fashion_dirs', 'show_images', 'ImageSet', 'steps_per_epoch', 'batch_indices',
-           'batches', 'to_square', 'LazySet', 'image_files', 'Folder', 'cache_dir', 'read_idx', 'Clothes', 'load_data']
+           'batches', 'to_square', 'LazySet', 'image_files', 'Folder', 'cache_dir', 'read_idx', 'Clothes', 'load_data',
+           'load_like', 'sample']
 
 # %% ../nbs/00_data.ipynb #00000003
 import difflib, gzip, os, re, warnings
@@ -303,3 +304,18 @@ def load_data(name='fashion_mnist',   # `fashion_mnist`, `fashion_mnist_full`, a
         return ImageSet(torch.from_numpy(source.images)[:,None], source.labels, source.classes, name)
     lazy = LazySet(source, *_like_first(source, img_size, in_chans), str(name))
     return lazy if len(lazy)*lazy.in_chans*lazy.img_size**2>max_bytes else lazy.load(workers)
+
+# %% ../nbs/00_data.ipynb #0000003d
+def load_like(name,          # as for `load_data`
+              split,         # `train` or `test`
+              img_size,      # S, pixels, for anything but the clothes, which keep their 28
+              in_chans=None, # 1 (grey) or 3 (colour); None: as the first image
+              **kwargs):     # to `load_data`
+    "`load_data` for a model with inputs of this size"
+    return load_data(name, split, None if str(name).startswith('fashion_mnist') else img_size, in_chans, **kwargs)
+
+def sample(data,  # an `ImageSet` or a `LazySet`
+           n):    # how many images at most
+    "An `ImageSet` of at most `n` images, evenly spaced"
+    if len(data)>n: data = data.take(torch.linspace(0, len(data)-1, n).long())
+    return data if isinstance(data, ImageSet) else data.load()

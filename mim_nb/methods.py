@@ -8,10 +8,14 @@ __all__ = ['methods', 'nearest', 'get_method', 'create']
 # %% ../nbs/16_methods.ipynb #00000003
 import difflib
 from .beit import BEiT
+from .deepmim import DeepMIM
+from .mae import MAE
 from .mcbeit import McBEiT
+from .mixmim import MixMIM
+from .saim import SAIM
 
 # %% ../nbs/16_methods.ipynb #00000006
-methods = dict(beit=BEiT, mcbeit=McBEiT)
+methods = dict(beit=BEiT, mcbeit=McBEiT, mae=MAE, deepmim=DeepMIM, saim=SAIM, mixmim=MixMIM)
 
 def nearest(
     name,  # what was given

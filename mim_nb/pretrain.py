@@ -8,17 +8,17 @@ __all__ = ['tokenizer_recipe', 'min_steps', 'mim_pretrain_cli', 'settings', 'ope
 
 # %% ../nbs/17_pretrain.ipynb #00000003
 import json, platform, statistics, sys, time
-import timm, torch, matplotlib.pyplot as plt
+import timm, torch
 from pathlib import Path
 from .augment import Augment, resize
 from .checkpoints import save_encoder
 from .cli import command
-from .data import ImageSet, load_data, steps_per_epoch
+from .data import load_like, sample, steps_per_epoch
 from .evaluate import evaluate
 from .methods import get_method, nearest
 from .tokenizers import DVAE, load_tokenizer, perplexity, save_tokenizer, usage
-from .train import fit, get_device, write_json, write_whole
-from .visualize import show_pictures
+from .train import fit, get_device, write_json
+from .visualize import save_figure, show_pictures
 
 # %% ../nbs/17_pretrain.ipynb #00000008
 def settings(
@@ -71,11 +71,11 @@ def get_tokenizer(
     config,       # the run's settings
     folder,       # where the tokenizer lies or will lie
     resume=False, # go on with its training if that was interrupted
-    source=None,  # folder of a trained tokenizer to copy
+    source=None,  # a trained tokenizer, to be used instead
     **kwargs      # to `fit`: device, workers
 )->DVAE:
-    "The tokenizer in `folder`: read if it is there, else copied from `source`, else trained on `data`"
-    if source: save_tokenizer(load_tokenizer(source), folder)
+    "The tokenizer in `folder`: `source` if there is one, else what lies there, else a new one trained on `data`"
+    if source: save_tokenizer(source, folder)
     if (folder/'config.json').exists(): return load_tokenizer(folder)
     torch.manual_seed(config['seed'])
     t = DVAE(m.img_size[0], m.patch_size[0], m.in_chans, m.head.out_features)
@@ -100,18 +100,10 @@ def save_pictures(
     path,   # a PNG file
 ):
     "Write the method's `pictures` of some images, a row for each kind"
-    with plt.style.context('default'):
-        fig = plt.figure(figsize=(len(images), 1.2*len(images)/2), layout='constrained', dpi=150)
-        show_pictures(m, images, generator=torch.Generator(images.device).manual_seed(0), fig=fig)
-        write_whole(path, lambda f: fig.savefig(f, format='png'))
-        plt.close(fig)
+    draw = lambda fig: show_pictures(m, images, generator=torch.Generator(images.device).manual_seed(0), fig=fig)
+    save_figure(path, draw, (len(images), .6*len(images)))
 
 # %% ../nbs/17_pretrain.ipynb #00000013
-def _sample(data, n):
-    "At most `n` images of a set, evenly spaced, in memory"
-    if len(data)>n: data = data.take(torch.linspace(0, len(data)-1, n).long())
-    return data if isinstance(data, ImageSet) else data.load()
-
 def _examine(m, train, test): return evaluate(m, train, test) if train.labels is not None and test.labels is not None else {}
 
 def _machine(device):
@@ -131,11 +123,6 @@ pictures  {out}/reconstructions.png
 log       {out}/log.jsonl""")
 
 # %% ../nbs/17_pretrain.ipynb #00000015
-def _load(config, split, workers, in_chans=None):
-    "The images of a run; photographs an eighth larger than the model's input"
-    size = None if config['data'].startswith('fashion_mnist') else round(config['model']['img_size']*8/7)
-    return load_data(config['data'], split, img_size=size, in_chans=in_chans, workers=workers)
-
 def pretrain(
     out,            # the run's folder
     config,         # from `settings`
@@ -148,13 +135,14 @@ def pretrain(
     "Pretrain an encoder, examine it before and after, and save what there is to take home"
     start,out,device = time.time(),Path(out),get_device(device)
     config = open_run(out, config, given, resume)
-    train = _load(config, 'train', workers); chans = len(train[0][0])
-    test = _load(config, 'test', workers, chans)
+    room = round(config['model']['img_size']*8/7)
+    train = load_like(config['data'], 'train', room, workers=workers); chans = len(train[0][0])
+    test = load_like(config['data'], 'test', room, chans, workers=workers)
     config['model']['in_chans'] = chans
-    if tokenizer: config['model']['vocab_size'] = load_tokenizer(tokenizer).vocab_size
+    if tokenizer: tokenizer = load_tokenizer(tokenizer); config['model']['vocab_size'] = tokenizer.vocab_size
     torch.manual_seed(config['seed'])
     m = get_method(config['method'])(**config['model']).to(device)
-    recipe,few,held = dict(config['recipe']),_sample(train, 20_000),_sample(test, 5_000)
+    recipe,few,held = dict(config['recipe']),sample(train, 20_000),sample(test, 5_000)
     per_epoch = steps_per_epoch(train, recipe['batch_size'])
     save_run(out, config)
 

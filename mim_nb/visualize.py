@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['figures', 'mim_show_cli', 'show_pictures', 'attention_maps', 'show_attention', 'attention_distance',
            'attention_entropy', 'attention_diversity', 'attention_stats', 'plot_attention_stats', 'feature_pca',
-           'show_pca', 'neighbours', 'show_neighbours', 'plot_curves', 'Run', 'mim_show']
+           'show_pca', 'neighbours', 'show_neighbours', 'plot_curves', 'Run', 'save_figure', 'mim_show']
 
 # %% ../nbs/15_visualize.ipynb #00000003
 import json
@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from .attention import attention_weights
 from .augment import resize
 from .cli import command
-from .data import ImageSet, load_data, plot_style, show_images
+from .data import load_like, plot_style, sample, show_images
 from .evaluate import _parts, features, load_encoder, standardize
 from .methods import get_method
 from .mim import MIM
@@ -298,10 +298,8 @@ class Run:
     @cached_property
     def data(self):
         "At most 2000 of the run's test images, evenly spaced, as the encoder takes them"
-        name,model = self.config['data'],self.config['model']
-        data = load_data(name, 'test', img_size=None if name.startswith('fashion_mnist') else model['img_size'], in_chans=model['in_chans'])
-        if len(data)>2000: data = data.take(torch.linspace(0, len(data)-1, 2000).long())
-        return data if isinstance(data, ImageSet) else data.load()
+        model = self.config['model']
+        return sample(load_like(self.config['data'], 'test', model['img_size'], model['in_chans']), 2000)
 
     def images(self, n):
         "The first `n` of them, float in [0,1], on the device"
@@ -333,16 +331,18 @@ figures = dict(
 
 _on_white = {k: v for k,v in plot_style.items() if not k.endswith('color')}
 
-def _draw(name, run, others, layer):
-    "Draw one figure and write it into the run's folder"
-    file,_,size,draw = figures[name]
+def save_figure(
+    path, # a PNG file
+    draw, # `draw(fig)`
+    size, # (width, height), inches
+):
+    "Draw a figure on white, and write it whole or not at all"
     with plt.style.context(['default', _on_white]):
-        fig = plt.figure(figsize=size or (6,5.5), layout='constrained', dpi=150)
+        fig = plt.figure(figsize=size, layout='constrained', dpi=150)
         try:
-            draw(run, others, layer, fig)
-            write_whole(run.folder/file, lambda f: fig.savefig(f, format='png'))
+            draw(fig)
+            write_whole(path, lambda f: fig.savefig(f, format='png'))
         finally: plt.close(fig)
-    return run.folder/file
 
 # %% ../nbs/15_visualize.ipynb #0000004d
 def mim_show(
@@ -359,7 +359,9 @@ def mim_show(
     run,*others = [Run(r, device) for r in (run, *(compare.split(',') if compare else ()))]
     files = []
     for n in names:
-        files.append(_draw(n, run, others, layer))
+        file,_,size,draw = figures[n]
+        save_figure(run.folder/file, lambda fig: draw(run, others, layer, fig), size or (6,5.5))
+        files.append(run.folder/file)
         print(f'{files[-1]}  {figures[n][1]}')
     return files
 
