@@ -60,11 +60,13 @@ class BEiT(MIM):
         min_block=None,      # smallest block, patches; None: 16 of 196, scaled to the grid
         tokenizer=None,      # gives `ids(images)`, long (B,L), in [0,V); needed unless `target` is given
         mean=None, std=None, # of the encoder's normalisation, see `MIM`
+        shared_bias=True,    # one table of position biases for all layers; False: one a layer, as in fine-tuned weights
     ):
         patch_grid(img_size, patch_size)                  # says so if they do not fit
         encoder = Beit(img_size, patch_size, in_chans, num_classes=0, global_pool='token', embed_dim=embed_dim, depth=depth,
                        num_heads=num_heads or max(1, embed_dim//64), drop_path_rate=drop_path, init_values=init_values,
-                       use_abs_pos_emb=False, use_shared_rel_pos_bias=True, norm_layer=partial(LayerNorm, eps=1e-6))
+                       use_abs_pos_emb=False, use_rel_pos_bias=not shared_bias, use_shared_rel_pos_bias=shared_bias,
+                       norm_layer=partial(LayerNorm, eps=1e-6))
         super().__init__(encoder, mean, std)
         self.mask_token,self.head = nn.Parameter(torch.zeros(1, 1, embed_dim)),nn.Linear(embed_dim, vocab_size)
         if not 0<mask_ratio<1: raise ValueError(f"mask_ratio must lie between 0 and 1, got {mask_ratio}")
@@ -79,7 +81,7 @@ class BEiT(MIM):
         e = self.encoder
         x = torch.where(mask[...,None], self.mask_token, e.patch_embed(x))
         x = torch.cat([e.cls_token.expand(len(x), -1, -1), x], 1)
-        bias = e.rel_pos_bias()
+        bias = e.rel_pos_bias() if e.rel_pos_bias else None               # None: each block has its own
         for block in e.blocks: x = block(x, shared_rel_pos_bias=bias)
         return e.norm(x)
 
@@ -92,15 +94,16 @@ class BEiT(MIM):
     def logs(self, pred, target, mask): return dict(accuracy=(pred.argmax(-1)==target[mask]).float().mean())
 
 # %% ../nbs/08_beit.ipynb #0000000e
-BEiT.official = [('rel_pos_bias.relative_position_index', None), ('mask_token', 'mask_token'), (r'lm_head\.(.*)', r'head.\1'), ('(.*)', r'encoder.\1')]
+BEiT.official = [('.*relative_position_index', None), ('mask_token', 'mask_token'), (r'lm_head\.(.*)', r'head.\1'), ('(.*)', r'encoder.\1')]
 
 @patch(cls_method=True)
 def official_sizes(cls:BEiT, w):
     "Constructor arguments from the shapes of the authors' weights"
-    proj,table = w['encoder.patch_embed.proj.weight'],w['encoder.rel_pos_bias.relative_position_bias_table']
+    shared,own = (f'encoder.{k}.relative_position_bias_table' for k in ('rel_pos_bias', 'blocks.0.attn'))
+    proj,table = w['encoder.patch_embed.proj.weight'],w[own if own in w else shared]
     p,grid = proj.shape[-1],(round((len(table)-3)**.5)+1)//2                     # the table has (2·grid-1)² + 3 rows
     return dict(img_size=p*grid, patch_size=p, in_chans=proj.shape[1], embed_dim=len(proj), num_heads=table.shape[1],
-                depth=sum('.gamma_1' in k for k in w), vocab_size=len(w['head.weight']))
+                depth=sum('.gamma_1' in k for k in w), shared_bias=own not in w, vocab_size=len(w['head.weight']))
 
 # %% ../nbs/08_beit.ipynb #00000010
 @patch
@@ -129,8 +132,9 @@ def export_encoder(self:BEiT)->tuple: # a `Beit` with a bias table in each layer
     args = dict(img_size=self.img_size[0], patch_size=self.patch_size[0], in_chans=self.in_chans, num_classes=0, global_pool='token', embed_dim=e.embed_dim,
                 depth=len(e.blocks), num_heads=e.blocks[0].attn.num_heads, init_values=e.blocks[0].init_values, use_abs_pos_emb=False, use_rel_pos_bias=True)
     out,weights = Beit(**args).eval(),e.state_dict()
-    table = weights.pop('rel_pos_bias.relative_position_bias_table')
-    out.load_state_dict({**weights, **{f'blocks.{i}.attn.relative_position_bias_table': table for i in range(len(e.blocks))}})
+    table = weights.pop('rel_pos_bias.relative_position_bias_table', None)
+    shared = {} if table is None else {f'blocks.{i}.attn.relative_position_bias_table': table for i in range(len(e.blocks))}
+    out.load_state_dict({**weights, **shared})
     return out,'beit_base_patch16_224',args
 
 # %% ../nbs/08_beit.ipynb #0000002c
