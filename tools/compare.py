@@ -1,0 +1,99 @@
+"""Every method on one budget, examined in one way: the numbers of nbs/16_compare.ipynb
+
+    python tools/compare.py                                        # two CPU cores, the shipped images
+    python tools/compare.py --budget small --out runs/compare_small --jobs 1      # a GPU, all of Fashion-MNIST
+
+A stopped comparison goes on where it was when the same command is given again. The result is results/compare_BUDGET_DEVICE.json.
+"""
+import json, os, subprocess, sys, time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+import torch
+from fastcore.script import call_parse
+from torch.utils.flop_counter import FlopCounterMode
+from mim_nb.data import load_data
+from mim_nb.evaluate import evaluate_layers, finetune, load_encoder, split
+from mim_nb.methods import create, methods
+from mim_nb.pretrain import _machine, get_tokenizer, pretrain, settings
+from mim_nb.train import get_device, read_log, write_json
+
+# epochs of pretraining, the recipe of fine-tuning and its epochs with all labels and with a tenth of them
+budgets = dict(tiny =dict(data='fashion_mnist',      epochs=4,  recipe='tiny',  finetune=4,  few=20),
+               small=dict(data='fashion_mnist_full', epochs=20, recipe='small', finetune=10, few=30))
+scratch = 'scratch'       # no method: the ViT that all but MixMIM use, and supervised training alone
+
+def gflops(f):
+    "What a call computes, in 10⁹ floating point operations"
+    with FlopCounterMode(display=False) as count: f()
+    return count.get_total_flops()/1e9
+
+def cost(name, preset):
+    "GFLOPs per image: the encoder as it is used, and a step of pretraining forward and back"
+    m = create(name, preset); x = torch.rand(8, m.in_chans, *m.img_size)
+    target = None
+    if hasattr(m, 'set_tokenizer'):
+        shape = (8, m.num_patches); target = torch.zeros(*shape, m.head.out_features) if name=='mcbeit' else torch.zeros(shape, dtype=torch.long)
+    return dict(encoder_gflops=gflops(lambda: m.encoder.forward_features(x))/8, step_gflops=gflops(lambda: m(x, target=target).loss.backward())/8,
+                encoder_parameters=sum(p.numel() for p in m.encoder.parameters()))
+
+def trained(m, train, test, b, seed, device, **changes):
+    "Accuracy after fine-tuning with a tenth of the labels, and with all"
+    few = split(train, .1, seed)[0]
+    run = lambda data, epochs: finetune(m, data, b['recipe'], epochs=epochs, seed=seed, device=device, **changes).accuracy(test)
+    return dict(few=run(few, b['few']), finetune=run(train, b['finetune']))
+
+def one(name, seed, budget, out, device):
+    "Pretrain one method, if that is not done, and examine it; or train from scratch"
+    b,folder,start = budgets[budget],out/f'{name}_{seed}',time.time()
+    train,test = (load_data(b['data'], s) for s in ('train','test'))
+    torch.manual_seed(seed)
+    if name==scratch:
+        folder.mkdir(parents=True, exist_ok=True)
+        row = trained(create('mae', budget), train, test, b, seed, device, layer_decay=1)
+    else:
+        config = settings(name, budget, recipe=dict(epochs=b['epochs']), data=b['data'], seed=seed)
+        has_tokenizer = hasattr(methods[name], 'set_tokenizer')
+        begun = (folder/'config.json').exists()
+        if not (folder/'metrics.json').exists(): pretrain(folder, config, resume=begun, device=device, tokenizer=out/f'tokenizer_{seed}' if has_tokenizer else None)
+        encoder,metrics = load_encoder(folder).to(get_device(device)),json.loads((folder/'metrics.json').read_text())
+        row = dict(before=metrics['before'], layers=evaluate_layers(encoder, train, test), images_per_second=metrics['images_per_second'],
+                   loss=[[r['epoch'], round(r['loss'], 4)] for r in read_log(folder)], **cost(name, budget), **trained(encoder, train, test, b, seed, device))
+    write_json(folder/'compare.json', dict(method=name, seed=seed, **row, seconds=time.time()-start))
+
+def tokenizer(seed, budget, out, device):
+    "The dVAE that BEiT and mc-BEiT share"
+    torch.manual_seed(seed)
+    get_tokenizer(create('beit', budget).to(get_device(device)), load_data(budgets[budget]['data']), settings('beit', budget, seed=seed), out/f'tokenizer_{seed}', device=device)
+
+@call_parse
+def main(
+    budget:str='tiny',       # tiny or small: a preset of all methods, and what is spent on it
+    seeds:str='0,1,2',       # separated by commas
+    names:str=None,          # methods, separated by commas; default: all, and scratch
+    out:str='runs/compare',  # where runs go
+    jobs:int=2,              # processes at a time, of one thread each
+    device:str='auto',       # auto, cpu, cuda
+    only:str=None,           # one task, such as mae:0 (what the processes are given)
+):
+    "Compare all methods on one budget"
+    out = Path(out); out.mkdir(parents=True, exist_ok=True)
+    if only:
+        name,seed = only.split(':')
+        return tokenizer(int(seed), budget, out, device) if name=='tokenizer' else one(name, int(seed), budget, out, device)
+    seeds,names,start = [int(s) for s in seeds.split(',')],names.split(',') if names else [*methods, scratch],time.time()
+    files = {f'tokenizer:{s}': out/f'tokenizer_{s}'/'config.json' for s in seeds}
+    results = {f'{n}:{s}': out/f'{n}_{s}'/'compare.json' for s in seeds for n in names}
+    def run(task):
+        if (files|results)[task].exists(): return
+        with open(out/f'{task.replace(":","_")}.txt', 'w') as log:
+            args = ['--budget', budget, '--out', str(out), '--device', device, '--only', task]
+            subprocess.run([sys.executable, __file__, *args], check=True, stdout=log, stderr=subprocess.STDOUT, env=os.environ | (dict(OMP_NUM_THREADS='1') if jobs>1 else {}))
+        print(f'{time.time()-start:6.0f} s  {task} done', flush=True)
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(run, files)); list(pool.map(run, results))
+    device = get_device(device)
+    rows = [json.loads(f.read_text()) for f in results.values()]
+    command = f"python tools/compare.py --budget {budget} --seeds {','.join(map(str, seeds))} --jobs {jobs}"
+    file = Path(__file__).parents[1]/'results'/f'compare_{budget}_{device.type}.json'
+    write_json(file, dict(command=command, budget=budgets[budget], machine=_machine(device), rows=rows))
+    print(f'written to {file}')
