@@ -8,6 +8,7 @@ __all__ = ['tokenizer_recipe', 'min_steps', 'mim_pretrain_cli', 'settings', 'ope
 
 # %% ../nbs/17_pretrain.ipynb #00000003
 import json, platform, statistics, sys, time
+from inspect import signature
 import timm, torch
 from pathlib import Path
 from .augment import Augment, resize
@@ -32,6 +33,8 @@ def settings(
     cls = get_method(method)
     if preset not in cls.presets: raise nearest(preset, cls.presets, f'preset of {method}')
     model,recipe = [{**d[preset], **{k: v for k,v in o.items() if v is not None}} for d,o in ((cls.presets, model), (cls.recipes, recipe))]
+    unknown = [k for k in model if k not in signature(cls).parameters]
+    if unknown: raise ValueError(f"{method} has no setting {unknown[0]!r}: leave it out, or take another method")
     for k in ('epochs', 'batch_size', 'lr'):
         if not recipe[k]>0: raise ValueError(f"{k} must be greater than 0, got {recipe[k]}")
     return json.loads(json.dumps(dict(method=method, preset=preset, **run, model=model, recipe=recipe)))
@@ -181,10 +184,11 @@ def mim_pretrain(
     lr:float=None,      # highest learning rate; default: the recipe's
     mask:float=None,    # part of the patches to hide, between 0 and 1; default: the method's
     tokenizer:str=None, # folder of a trained tokenizer, for instance runs/beit/tokenizer; default: one is trained first
+    teacher:str=None,   # for deepmim: whose features to predict, a timm model's name or the folder of a run; default: pixels are predicted
     workers:int=4,      # processes that decode images which do not fit in memory
 ):
     "Pretrain an encoder on images by hiding parts of them; without arguments: BEiT, on the images that ship with the package"
-    model,recipe = dict(img_size=size, patch_size=patch, mask_ratio=mask),dict(epochs=epochs, batch_size=batch, lr=lr)
+    model,recipe = dict(img_size=size, patch_size=patch, mask_ratio=mask, teacher=teacher),dict(epochs=epochs, batch_size=batch, lr=lr)
     run = dict(method=method, preset=preset, data=data, seed=seed)
     given = [k for k,v in _flat(dict(run, model=model, recipe=recipe)).items() if v is not None]
     chosen = dict(method='beit', preset='tiny', data='fashion_mnist', seed=0) | {k: v for k,v in run.items() if v is not None}

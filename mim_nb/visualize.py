@@ -18,9 +18,10 @@ from .attention import attention_weights
 from .augment import resize
 from .cli import command
 from .data import load_like, plot_style, sample, show_images
-from .evaluate import _parts, features, load_encoder, standardize
+from .evaluate import load_encoder
 from .methods import get_method
 from .mim import MIM
+from .probes import encoder_parts, features, standardize
 from .tokenizers import load_tokenizer
 from .train import get_device, load_ckpt, read_log, write_whole
 
@@ -57,7 +58,7 @@ class _Spy(TorchFunctionMode):
 # %% ../nbs/15_visualize.ipynb #00000015
 def _prepare(m, images):
     "The encoder of a method or a timm model, and images normalised for it; a sentence if they do not fit"
-    enc,normalize,c,size = _parts(m)
+    enc,normalize,c,size = encoder_parts(m)
     want = (c, *to_2tuple(getattr(getattr(enc, 'patch_embed', None), 'img_size', None) or size))
     if not images.is_floating_point(): raise ValueError(f"images must be float in [0, 1], got {images.dtype}: divide bytes by 255")
     if images.ndim!=4 or tuple(images.shape[1:])!=want:
@@ -109,7 +110,7 @@ def show_attention(
 ):
     "Where a token looks: a row for each image, a column for each head"
     maps = attention_maps(m, images, layer)
-    (r,c),prefix = _place(_parts(m)[0], maps)
+    (r,c),prefix = _place(encoder_parts(m)[0], maps)
     if len(maps)!=len(images): raise ValueError("this layer attends inside windows, each a part of the image: take a later layer, or use attention_maps")
     if query is None and not prefix: query = r//2*c + c//2
     if query is not None and not 0<=query<r*c: raise ValueError(f"query must lie between 0 and {r*c-1}, the patches of an image; got {query}")
@@ -159,7 +160,7 @@ def attention_stats(
     images, # (B,C,H,W), float in [0,1], of the encoder's size; a few dozen
 )->dict:    # distance, entropy, diversity: for each a list of layers, of tensors (heads,)
     "Distance, entropy and diversity of attention, for every layer and head; in windows, distance counts in patches of the layer"
-    enc = _parts(m)[0]
+    enc = encoder_parts(m)[0]
     def numbers(w):
         return dict(distance=attention_distance(w, *_place(enc, w)).cpu(), entropy=attention_entropy(w).cpu(), diversity=attention_diversity(w).cpu())
     layers = _each_attention(m, images, numbers)

@@ -4,8 +4,9 @@ import pytest, timm, torch
 from hypothesis import given, settings, strategies as st
 from torch.nn import functional as F
 from mim_nb.checkpoints import save_encoder
-from mim_nb.data import ImageSet, load_data
-from mim_nb.evaluate import Classifier, Distorted, evaluate_layers, features, finetune, knn, layer_features, mim_evaluate, split
+from mim_nb.data import ImageSet, LazySet, Clothes, load_data
+from mim_nb.evaluate import Classifier, evaluate_layers, features, finetune, knn, layer_features, mim_evaluate, split
+from mim_nb.finetune import Distorted
 from mim_nb.methods import create, methods
 from mim_nb.train import Stopped
 
@@ -52,7 +53,7 @@ def test_layers_learn_at_their_own_rate(clothes, monkeypatch):
     seen = {}
     class Spy(torch.optim.SGD):
         def step(self, *a): seen.update({id(p): g['lr'] for g in self.param_groups for p in g['params']}); super().step(*a)
-    monkeypatch.setattr('mim_nb.evaluate.create_optimizer_v2', lambda net, opt, lr, weight_decay, layer_decay: Spy(
+    monkeypatch.setattr('mim_nb.finetune.create_optimizer_v2', lambda net, opt, lr, weight_decay, layer_decay: Spy(
         [dict(g, lr=lr) for g in timm.optim.param_groups_layer_decay(net, weight_decay, layer_decay=layer_decay)]))
     c = finetune(small(), clothes, layer_decay=.5, **FAST)
     rate = lambda p: seen[id(p)]/seen[id(c.net.head.weight)]
@@ -91,6 +92,12 @@ def test_grey_and_colour_meet(clothes):
     torch.testing.assert_close(features(m, colour.images), features(m, clothes.images))
     wide = create('mae', **SMALL, in_chans=3)
     assert features(wide, clothes.images).shape==(64,32) and 0<=finetune(wide, clothes, **FAST).accuracy(clothes)<=1
+
+def test_images_that_are_not_in_memory(clothes):
+    m,lazy = small(),LazySet(Clothes(), 28, 1, 'clothes').take(slice(0, 64))
+    torch.testing.assert_close(features(m, lazy), features(m, clothes))
+    c = finetune(m, clothes, **FAST)
+    assert c.accuracy(lazy)==c.accuracy(clothes)
 
 def test_layers_in_one_pass_are_those_of_several(clothes):
     m = small('mixmim')

@@ -18,7 +18,7 @@ from mim_nb.pretrain import _machine, get_tokenizer, pretrain, settings
 from mim_nb.train import get_device, read_log, write_json
 
 # epochs of pretraining, the recipe of fine-tuning and its epochs with all labels and with a tenth of them
-budgets = dict(tiny =dict(data='fashion_mnist',      epochs=4,  recipe='tiny',  finetune=4,  few=20),
+budgets = dict(tiny =dict(data='fashion_mnist',      epochs=4,  recipe='tiny',  finetune=3,  few=20),
                small=dict(data='fashion_mnist_full', epochs=20, recipe='small', finetune=10, few=30))
 scratch = 'scratch'       # no method: the ViT that all but MixMIM use, and supervised training alone
 
