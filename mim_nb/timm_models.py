@@ -5,34 +5,34 @@
 # %% auto #0
 __all__ = ['default_cfgs', 'mixmim_base', 'mixmim_large', 'mixmim_huge']
 
-# %% ../nbs/13b_timm_models.ipynb #00000002
+# %% ../nbs/13b_timm_models.ipynb #00000003
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
-# %% ../nbs/13b_timm_models.ipynb #00000003
-def _cfg(): return dict(input_size=(3,224,224), fixed_input_size=True, num_classes=1000, pool_size=(7,7), crop_pct=.9, interpolation='bicubic',
-                        mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD, first_conv='patch_embed.proj', classifier='head.fc', paper_ids='arXiv:2205.13137')
+# %% ../nbs/13b_timm_models.ipynb #00000007
+_cfg = dict(input_size=(3,224,224), fixed_input_size=True, num_classes=1000, pool_size=(7,7), crop_pct=.9, interpolation='bicubic', mean=IMAGENET_DEFAULT_MEAN,
+            std=IMAGENET_DEFAULT_STD, first_conv='patch_embed.proj', classifier='head.fc', paper_ids='arXiv:2205.13137')
 
-default_cfgs = generate_default_cfgs({f'mixmim_{k}': _cfg() for k in ('base', 'large', 'huge')})
+default_cfgs = generate_default_cfgs({f'mixmim_{k}': _cfg for k in ('base', 'large', 'huge')})
 
-# %% ../nbs/13b_timm_models.ipynb #00000004
+# %% ../nbs/13b_timm_models.ipynb #0000000b
 def _mixmim(size, pretrained, kwargs):
-    from mim_nb.mixmim import MixMIM, MixMIMEncoder, mixmim_filter      # now, and not when timm is imported
+    from mim_nb.mixmim import MixMIM, MixMIMEncoder, mixmim_filter
     args = {**{k: MixMIM.presets[size][k] for k in ('embed_dim', 'depths')}, **kwargs}
     features = dict(out_indices=tuple(range(len(args['depths']))), feature_cls='getter')
     return build_model_with_cfg(MixMIMEncoder, f'mixmim_{size}', pretrained, pretrained_filter_fn=mixmim_filter, feature_cfg=features, **args)
 
 @register_model
 def mixmim_base(pretrained=False, **kwargs):
-    "MixMIM's encoder, widths 128 to 1024"
+    "MixMIM's encoder, 128 to 1024 wide"
     return _mixmim('base', pretrained, kwargs)
 
 @register_model
 def mixmim_large(pretrained=False, **kwargs):
-    "MixMIM's encoder, widths 192 to 1536"
+    "MixMIM's encoder, 192 to 1536 wide"
     return _mixmim('large', pretrained, kwargs)
 
 @register_model
 def mixmim_huge(pretrained=False, **kwargs):
-    "MixMIM's encoder, widths 352 to 2816"
+    "MixMIM's encoder, 352 to 2816 wide"
     return _mixmim('huge', pretrained, kwargs)
