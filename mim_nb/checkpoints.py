@@ -31,9 +31,10 @@ def unwrap(
 
 # %% ../nbs/18_checkpoints.ipynb #0000000b
 def _load_pickle(path):
+    mmap = zipfile.is_zipfile(path) and path.suffix!='.safetensors'          # which PyTorch would believe
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(path))
+        with open(path, 'rb') as f, torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path if mmap else f, map_location='cpu', weights_only=True, mmap=mmap)
     except pickle.UnpicklingError: return read_pickled(path)
 
 def read_weights(
@@ -45,10 +46,9 @@ def read_weights(
     with open(path, 'rb') as f: start = f.read(64)
     if set(start) <= {9,10,13,*range(32,256)}:
         raise ValueError(f"{path} cannot be read as weights: it is a text file that begins with {start[:24].decode(errors='replace')!r}; download the file itself, not its page or its pointer")
-    try: return unwrap(load_file(path) if start[8:9]==b'{' else _load_pickle(path))
-    except Exception as e:
-        if isinstance(e, ValueError) and 'checkpoint' in str(e): raise
-        raise ValueError(f"{path} cannot be read as weights: it is truncated, or of another kind ({type(e).__name__})") from e
+    try: o = load_file(path) if start[8:9]==b'{' else _load_pickle(path)
+    except Exception as e: raise ValueError(f"{path} cannot be read as weights: it is truncated, or of another kind ({type(e).__name__})") from e
+    return unwrap(o)
 
 # %% ../nbs/18_checkpoints.ipynb #00000014
 def official_name(
@@ -87,7 +87,8 @@ def read_sizes(
     named # weights under our names
 )->dict:  # constructor arguments
     "Sizes from shapes; without a decoder, the encoder's"
-    whole = cls in tokenizers.values()
+    whole,proj = cls in tokenizers.values(),named.get('encoder.patch_embed.proj.weight')
+    if proj is not None and proj.ndim!=4: raise ValueError(f"its patch embedding has shape {tuple(proj.shape)}, and a convolution's, (width, channels, side, side), is expected")
     try:
         if whole or any(not k.startswith('encoder.') for k in named): return cls.official_sizes(named)
     except _foreign as e:
@@ -99,7 +100,7 @@ def read_sizes(
 
 def _lacks(e, named):
     some = ', '.join(k.removeprefix('encoder.') for k in list(named)[:3])
-    return f"it has no weight for {e}, but for instance {some}" if isinstance(e, KeyError) else f"its shapes do not fit together ({e})"
+    return f"it has no weight for {e}, but for instance {some}" if isinstance(e, KeyError) else f"its shapes do not fit together ({str(e).splitlines()[0]})"
 tokenizers = dict(dalle=DalleTokenizer, vqgan=VQGANTokenizer)     # by the names that `load_official` takes
 
 # %% ../nbs/18_checkpoints.ipynb #0000001c
@@ -141,10 +142,11 @@ def build(
     "Make the model that these weights belong to, and put them in"
     cls = tokenizers.get(name) or get_method(name)
     where,named = places(cls, sd),translate(cls, sd)
-    m = cls(**{**read_sizes(cls, named), **overrides})
-    own = m.state_dict()
-    try: found = m.load_state_dict({n: v for n,v in named.items() if n not in own or own[n].shape==v.shape}, strict=False)
-    except RuntimeError as e: raise ValueError(f"its shapes do not fit together ({e})") from None
+    sizes = read_sizes(cls, named)
+    try:
+        m = cls(**{**sizes, **overrides}); own = m.state_dict()
+        found = m.load_state_dict({n: v for n,v in named.items() if n not in own or own[n].shape==v.shape}, strict=False)
+    except RuntimeError as e: raise ValueError(_lacks(e, named)) from None
     missing = [k for k in found.missing_keys if not k.startswith(getattr(cls, 'frozen', ()))]
     left = [k for n in found.unexpected_keys for k in where[n]]
     _refuse(m, named, where, left)

@@ -57,7 +57,7 @@ def write_whole(
         raise OSError(e.errno, f"could not write {path} ({e.strerror}): what was there before is untouched; free some space and use --resume") from e
 
 def write_weights(path, m, **metadata):
-    weights = {k: v.detach().cpu().contiguous() for k,v in m.state_dict().items()}
+    weights = {k: v.detach().cpu().contiguous() for k,v in (m if isinstance(m, dict) else m.state_dict()).items()}
     write_whole(path, lambda f: f.write(save(weights, metadata=metadata or None)))
 
 def write_json(path, o): write_whole(path, lambda f: f.write((json.dumps(o, indent=1)+'\n').encode()))
