@@ -129,7 +129,7 @@ _imagenet = dict(epochs=100, warmup_epochs=20, batch_size=1024, min_lr=1e-6, wei
 _blr = lambda blr: blr*1024/256
 
 finetune_recipes = dict(
-    tiny   =dict(epochs=10, warmup_epochs=1, batch_size=64, lr=2e-3, min_lr=1e-6, weight_decay=.05, layer_decay=.75, drop_path=0., smoothing=.1, augment=dict(scale=(.8,1.), flip=.5)),
+    tiny   =dict(epochs=10, warmup_epochs=1, batch_size=32, lr=2e-3, min_lr=1e-6, weight_decay=.05, layer_decay=1., drop_path=0., smoothing=.1, augment=dict(scale=(.8,1.), flip=.5)),
     small  =dict(_imagenet, epochs=50, warmup_epochs=5, batch_size=512, lr=2e-3, layer_decay=.75, augment=dict(scale=(.6,1.), flip=.5)),
     beit   =dict(_imagenet, lr=4e-3, clip=3.), mcbeit=dict(_imagenet, lr=4e-3, clip=3.),
     mae    =dict(_imagenet, lr=_blr(5e-4), warmup_epochs=5),

@@ -18,7 +18,7 @@ from mim_nb.pretrain import _machine, get_tokenizer, pretrain, settings
 from mim_nb.train import get_device, read_log, write_json
 
 # epochs of pretraining, the recipe of fine-tuning and its epochs with all labels and with a tenth of them
-budgets = dict(tiny =dict(data='fashion_mnist',      epochs=4,  recipe='tiny',  finetune=3,  few=20),
+budgets = dict(tiny =dict(data='fashion_mnist',      epochs=4,  recipe='tiny',  finetune=2,  few=10),
                small=dict(data='fashion_mnist_full', epochs=20, recipe='small', finetune=10, few=30))
 scratch = 'scratch'       # no method: the ViT that all but MixMIM use, and supervised training alone
 
@@ -36,10 +36,10 @@ def cost(name, preset):
     return dict(encoder_gflops=gflops(lambda: m.encoder.forward_features(x))/8, step_gflops=gflops(lambda: m(x, target=target).loss.backward())/8,
                 encoder_parameters=sum(p.numel() for p in m.encoder.parameters()))
 
-def trained(m, train, test, b, seed, device, **changes):
+def trained(m, train, test, b, seed, device):
     "Accuracy after fine-tuning with a tenth of the labels, and with all"
     few = split(train, .1, seed)[0]
-    run = lambda data, epochs: finetune(m, data, b['recipe'], epochs=epochs, seed=seed, device=device, **changes).accuracy(test)
+    run = lambda data, epochs: finetune(m, data, b['recipe'], epochs=epochs, seed=seed, device=device).accuracy(test)
     return dict(few=run(few, b['few']), finetune=run(train, b['finetune']))
 
 def one(name, seed, budget, out, device):
@@ -49,7 +49,7 @@ def one(name, seed, budget, out, device):
     torch.manual_seed(seed)
     if name==scratch:
         folder.mkdir(parents=True, exist_ok=True)
-        row = trained(create('mae', budget), train, test, b, seed, device, layer_decay=1)
+        row = trained(create('mae', budget), train, test, b, seed, device)
     else:
         config = settings(name, budget, recipe=dict(epochs=b['epochs']), data=b['data'], seed=seed)
         has_tokenizer = hasattr(methods[name], 'set_tokenizer')
