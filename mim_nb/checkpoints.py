@@ -228,6 +228,7 @@ def save_encoder(
     m,             # a method
     folder,        # gets config.json and model.safetensors; replaced if it is an earlier export
     img_size=None, # side of the images that it shall take, pixels; None: the method's
+    **resized      # the encoder's arguments for that size, such as window_size for MixMIM
 ):
     "Write the encoder so that `timm.create_model('local-dir:'+folder, pretrained=True)` loads it, without this package for ViTs"
     if img_size: patch_grid(img_size, m.patch_size)         # says so if they do not fit
@@ -238,4 +239,7 @@ def save_encoder(
         write_folder(folder, model, config=dict(architecture=architecture, num_classes=0, num_features=model.num_features, global_pool=model.global_pool,
                                                 model_args={**args, 'img_size': size[0]}, pretrained_cfg=cfg))
     write(model, m.img_size)
-    if img_size and img_size!=m.img_size[0]: write(timm.create_model(f'local-dir:{folder}', pretrained=True, img_size=img_size), (img_size, img_size))
+    if img_size and img_size!=m.img_size[0]:
+        if 'window_size' in args: resized = dict(window_size=2*img_size//m.patch_size[0]) | resized      # MixMIM's own choice
+        model = timm.create_model(f'local-dir:{folder}', pretrained=True, img_size=img_size, **resized)
+        args.update(resized); write(model, (img_size, img_size))

@@ -262,10 +262,19 @@ def test_other_image_sizes(models, folders, tmp_path, name):
     cfg = json.loads((tmp_path/'big'/'config.json').read_text())
     assert cfg['model_args']['img_size']==128 and cfg['pretrained_cfg']['input_size']==[3,128,128]
     big,x = timm.create_model(f"local-dir:{tmp_path/'big'}", pretrained=True).eval(),torch.rand(2,3,128,128)
-    others = [timm.create_model(f'local-dir:{folders/name}', pretrained=True, img_size=128).eval()] + ([reference_encoder(m, 128)] if name!='mixmim' else [])
+    others = [timm.create_model(f'local-dir:{folders/name}', pretrained=True, img_size=128, **(dict(window_size=8) if name=='mixmim' else {})).eval()] + ([reference_encoder(m, 128)] if name!='mixmim' else [])
     with torch.no_grad():
         for o in others: assert close(big.forward_features(x), o.forward_features(x))
     with pytest.raises(ValueError, match='100'): save_encoder(m, tmp_path/'big', img_size=100)
+
+@pytest.mark.parametrize('name,args,resized', [('beit', {}, {}), ('mae', {}, {}), ('mixmim', {}, {}), ('mixmim', dict(window=[14,14,14,7]), {}), ('mixmim', dict(window=[14,14,14,7]), dict(window_size=[16,16,24,12]))])
+def test_224_to_384(tmp_path, name, args, resized):
+    "The usual step, at the usual patch size, in narrow networks"
+    args |= dict(patch_size=4, depths=[1]*4, num_heads=[1]*4) if name=='mixmim' else dict(patch_size=16, depth=1, num_heads=2)
+    save_encoder(create(name, img_size=224, in_chans=3, embed_dim=32, **args), tmp_path/'e', img_size=384, **resized)
+    e = timm.create_model(f"local-dir:{tmp_path/'e'}", pretrained=True).eval()
+    with torch.no_grad(): assert e.forward_features(torch.rand(1,3,384,384)).isfinite().all()
+    if name=='mixmim': assert e.windows==([(16,16), (16,16), (24,24), (12,12)] if resized else [(24,24)]*3+[(12,12)])
 
 def test_a_folder_that_holds_other_things_is_left_alone(models, tmp_path):
     (tmp_path/'thesis.tex').write_text('years of work')
