@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['encoder_sizes', 'tokenizers', 'classifier', 'layouts', 'unwrap', 'read_weights', 'official_name', 'places',
-           'translate', 'read_sizes', 'Loaded', 'build', 'looks_like', 'load_official', 'kinds_of', 'write_folder',
-           'save_encoder']
+           'translate', 'read_sizes', 'Loaded', 'build', 'looks_like', 'load_official', 'write_folder', 'save_encoder']
 
 # %% ../nbs/18_checkpoints.ipynb #00000002
 import argparse, pickle, re, shutil, timm, torch, warnings, zipfile
@@ -192,16 +191,6 @@ def load_official(
         raise ValueError(f"this does not look like a published file of {method}: {e}{_whose(sd)}") from None
     if not m.loaded.ok: warnings.warn(str(m.loaded), stacklevel=2)
     return m.eval()
-
-# %% ../nbs/18_checkpoints.ipynb #0000002f
-def kinds_of(
-    cls,   # a method's class
-    loaded # what became of a file's weights
-)->dict:   # how many weights were met how
-    "Count weights by what had to be done with them"
-    one = [(n.removeprefix('encoder.'), ks[0]) for n,ks in loaded.placed.items() if len(ks)==1]
-    return {'same name': sum(a==b for a,b in one), 'renamed': sum(a!=b for a,b in one), 'joined from parts': sum(len(ks) for ks in loaded.placed.values() if len(ks)>1),
-            'left over': len(loaded.left), 'not in the file': len(loaded.missing)}
 
 # %% ../nbs/18_checkpoints.ipynb #00000036
 def _check_folder(folder):
