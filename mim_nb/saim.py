@@ -16,7 +16,7 @@ from .masks import random_order
 from .mim import MIM
 from .patches import denormalize_patches, normalize_patches, patchify, unpatchify
 
-# %% ../nbs/12_saim.ipynb #00000005
+# %% ../nbs/12_saim.ipynb #00000016
 def by_turn(
     x:torch.Tensor,     # a row for each patch, (B,L,D) or the same for all images (1,L,D)
     order:torch.Tensor, # long (B,L): `order[b,k]` is the patch revealed k-th
@@ -24,7 +24,7 @@ def by_turn(
     "Sort patches by their turns; with `order.argsort(1)` instead, sort them back"
     return x.take_along_dim(order[...,None], 1)
 
-# %% ../nbs/12_saim.ipynb #00000006
+# %% ../nbs/12_saim.ipynb #00000019
 def gaussian_kernel(
     size,  # pixels, odd
     sigma, # standard deviation, pixels
@@ -41,7 +41,7 @@ def _check_blur(blur, sides):
     if size>min(sides): raise ValueError(f"the kernel of the blur has {size} pixels and the image only {min(sides)}: take a smaller one, about 6 sigma are enough, or blur=None")
     if not sigma>0: raise ValueError(f"sigma of the blur must be greater than 0, got {sigma}: for a sharp target take blur=None")
 
-# %% ../nbs/12_saim.ipynb #00000007
+# %% ../nbs/12_saim.ipynb #00000021
 @torch.no_grad()
 def saim_init(
     m:nn.Module # a SAIM
@@ -51,14 +51,14 @@ def saim_init(
     for n,p in m.named_parameters():
         if n.endswith('attn.qkv.weight'): p.mul_(2**.5)
 
-# %% ../nbs/12_saim.ipynb #00000008
+# %% ../nbs/12_saim.ipynb #00000023
 def _merge_qkv(m, weights, prefix, *_):
     "Before loading: the authors' separate q, k and v become timm's one matrix"
     for k in [k for k in weights if '.attn.q.' in k]:
         parts = [k.replace('.attn.q.', f'.attn.{o}.') for o in 'qkv']
         if all(p in weights for p in parts): weights[k.replace('.attn.q.', '.attn.qkv.')] = torch.cat([weights.pop(p) for p in parts])
 
-# %% ../nbs/12_saim.ipynb #00000009
+# %% ../nbs/12_saim.ipynb #00000025
 class SAIM(MIM):
     "Predict patches one after the other, each from those revealed before it (arXiv 2212.01610)"
     presets = dict(
@@ -125,19 +125,20 @@ class SAIM(MIM):
         p = self.patches(images)
         return normalize_patches(p)[0] if self.norm_pix else p
 
-    def loss(self, pred, target, mask, z): return F.mse_loss(pred.float(), target)
+    def loss(self, pred, target, mask, z): return F.mse_loss(pred.to(target.dtype), target)
 
     def logs(self, pred, target, mask):
-        e = (pred.float()-target).square().mean(-1).gather(1, mask)
-        return dict(early=e[:, :len(e[0])//4].mean(), late=e[:, -(len(e[0])//4):].mean())
+        e = (pred-target).square().mean(-1).gather(1, mask)
+        q = max(1, self.num_patches//4)
+        return dict(early=e[:,:q].mean(), late=e[:,-q:].mean())
 
-# %% ../nbs/12_saim.ipynb #0000000a
+# %% ../nbs/12_saim.ipynb #00000027
 @patch
 def patches(self:SAIM,
     images,      # (B,C,H,W) in [0,1]
 )->torch.Tensor: # (B, L, p*p*C), of the normalised image, blurred
     "What the query stream has to predict, before each patch is normalised"
-    x = self.normalize(images).float()
+    x = self.normalize(images)
     with torch.autocast(x.device.type, enabled=False):
         if self.kernel is not None: x = F.conv2d(x, self.kernel, padding=self.kernel.shape[-1]//2, groups=x.shape[1])
     return patchify(x, self.patch_size)
@@ -151,7 +152,7 @@ def check_order(self:SAIM, order, n):
     if not torch.equal(order.sort(1).values, torch.arange(want[1], device=order.device).expand(want)):
         raise ValueError(f"an order must name each of the {want[1]} patches exactly once in every row: make it with random_order or torch.randperm")
 
-# %% ../nbs/12_saim.ipynb #0000000b
+# %% ../nbs/12_saim.ipynb #00000039
 SAIM.official = [('gaussian_blur.weight', 'kernel'), (r'prediction_head\.(.*)', r'head.\1'), (r'(query_blocks\..*)', r'\1'), ('(.*)', r'encoder.\1')]
 
 @patch(cls_method=True)
@@ -163,13 +164,7 @@ def official_sizes(cls:SAIM, w):
     blur = None if k is None else (k.shape[-1], round((2*(k[0,0].max()/k[0,0,k.shape[-1]//2,k.shape[-1]//2+1]).log().item())**-.5, 4))
     return dict(img_size=p*round((L-1)**.5), patch_size=p, in_chans=proj.shape[1], embed_dim=D, depth=depth, query_depth=query, blur=blur)
 
-# %% ../nbs/12_saim.ipynb #0000000c
-@patch
-def export_encoder(self:SAIM)->tuple: # a plain timm `VisionTransformer`, timm's name for it, and its arguments
-    "The encoder as timm has it"
-    return export_vit(self.encoder)
-
-# %% ../nbs/12_saim.ipynb #0000000d
+# %% ../nbs/12_saim.ipynb #00000045
 @patch
 def paint(self:SAIM,
     pred,        # predicted patches, (B, L, p*p*C)
@@ -177,7 +172,7 @@ def paint(self:SAIM,
 )->torch.Tensor: # (B,C,H,W) in [0,1]
     "Predictions as images"
     if self.norm_pix: pred = denormalize_patches(pred, *normalize_patches(self.patches(images))[1:])
-    return (unpatchify(pred.float(), self.patch_size, self.grid)*self.std + self.mean).clamp(0,1)
+    return (unpatchify(pred.to(self.std.dtype), self.patch_size, self.grid)*self.std + self.mean).clamp(0,1)
 
 @patch
 @torch.no_grad()
@@ -189,7 +184,17 @@ def reconstruct(self:SAIM,
     "Each patch as predicted from the true patches revealed before it"
     return self.paint(self(images, mask, generator=generator).pred, images)
 
-# %% ../nbs/12_saim.ipynb #0000000e
+# %% ../nbs/12_saim.ipynb #00000047
+@patch
+@torch.no_grad()
+def pictures(self:SAIM, images, mask):
+    "Rows of images worth looking at, by title"
+    turns = (mask.argsort(1)[...,None]/self.num_patches).expand(-1, -1, self.head.fc2.out_features)
+    return {'images': images, 'turns: the later, the brighter': unpatchify(turns, self.patch_size, self.grid),
+            'the target' + ('' if self.kernel is None else ': blurred'): self.paint(self.target(images), images),
+            'each patch predicted from the true ones before it': self.reconstruct(images, mask)}
+
+# %% ../nbs/12_saim.ipynb #0000004a
 @patch
 @torch.no_grad()
 def complete(self:SAIM,
@@ -206,11 +211,8 @@ def complete(self:SAIM,
         frames.append(torch.where(turn==k, patchify(painted, self.patch_size), frames[-1]))
     return torch.stack([unpatchify(f, self.patch_size, self.grid) for f in frames])
 
+# %% ../nbs/12_saim.ipynb #00000060
 @patch
-def pictures(self:SAIM, images, mask):
-    "Rows of images worth looking at, by title"
-    gray = lambda x: unpatchify(x.expand(-1, -1, self.head.fc2.out_features), self.patch_size, self.grid)
-    q = self.num_patches//4; quarter = self.complete(images, mask, q)
-    return {'images': images, 'turns: the later, the brighter': gray(mask.argsort(1)[...,None]/self.num_patches),
-            'each patch predicted from the true ones before it': self.reconstruct(images, mask),
-            f'the first {q} patches': quarter[0], 'painted on, patch by patch': quarter[-1]}
+def export_encoder(self:SAIM)->tuple: # a plain timm `VisionTransformer`, timm's name for it, and its arguments
+    "The encoder as timm has it"
+    return export_vit(self.encoder)

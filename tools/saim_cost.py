@@ -1,7 +1,8 @@
-"""Time and peak memory of a training step of SAIM, sorted and causal, and in the paper's form with masks: saim_cost.py OUT.json [--device cuda]
+"""Time and memory of a training step of SAIM, sorted and causal, and in the paper's form with masks: saim_cost.py OUT.json [--device cuda]
 
-Each measurement is a process of its own. `more_mb` is what forward and backward need beyond model and images, gradients included;
-`seconds` is the shortest of a few steps."""
+Time: one process, the same weights for all versions, one step of each in turn, over and over; so a machine that gets busier or
+idler meanwhile does so for all of them. Memory: `saved_mb` is what autograd keeps for the backward pass, counted tensor by tensor;
+`peak_mb` is the most that a process of its own needs in all, several times over, as the operating system or the GPU sees it."""
 import argparse, json, math, platform, resource, subprocess, sys, time, torch, torch.nn.functional as F
 from mim_nb.attention import attend, attention_weights
 from mim_nb.saim import SAIM
@@ -53,29 +54,54 @@ def peak(device):
 def wait(device):
     if device=='cuda': torch.cuda.synchronize()
 
-def measure(version, preset, batch, device, steps):
+def setup(preset, batch, device):
     torch.manual_seed(0)
-    m = versions[version](**SAIM.presets[preset]).to(device)
-    images,order = torch.rand(batch, m.in_chans, *m.img_size, device=device),m.sample_mask(batch)
-    if device=='cuda': torch.cuda.reset_peak_memory_stats()
-    before,seconds = peak(device),[]
-    for _ in range(steps):
-        wait(device); start = time.perf_counter()
-        with torch.autocast(device, torch.bfloat16, enabled=device=='cuda'): loss = m(images, order).loss
-        loss.backward(); wait(device)
-        seconds.append(time.perf_counter()-start)
-        if len(seconds)==1: more = peak(device)-before
-        m.zero_grad()
-    return dict(version=version, preset=preset, batch=batch, loss=loss.item(), more_mb=more, peak_mb=peak(device), seconds=min(seconds), all_seconds=seconds)
+    m = SAIM(**SAIM.presets[preset]).to(device)
+    return m,torch.rand(batch, m.in_chans, *m.img_size, device=device),m.sample_mask(batch)
+
+def step(m, version, images, order, device):
+    m.__class__ = versions[version]                                  # the same weights, used in another way
+    with torch.autocast(device, torch.bfloat16, enabled=device=='cuda'): loss = m(images, order).loss
+    loss.backward(); wait(device)
+    m.zero_grad()
+    return loss.item()
+
+def times(preset, batch, device, rounds):
+    "Seconds of each step, after one round that is not counted"
+    args = setup(preset, batch, device); seconds = {v: [] for v in versions}
+    for r in range(rounds+1):
+        for v in (list(versions)[r%3:]+list(versions)[:r%3]):        # a different one begins each round
+            wait(device); start = time.perf_counter()
+            step(args[0], v, *args[1:], device)
+            if r: seconds[v].append(round(time.perf_counter()-start, 3))
+    return seconds
+
+def memory(version, preset, batch, device):
+    "One step: what autograd saves, and the peak"
+    m,images,order = setup(preset, batch, device)
+    weights,saved = {p.untyped_storage().data_ptr() for p in m.parameters()},{}
+    def note(t):
+        s = t.untyped_storage()
+        if s.data_ptr() not in weights: saved[s.data_ptr()] = s.nbytes()
+        return t
+    m.__class__ = versions[version]
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t), torch.autocast(device, torch.bfloat16, enabled=device=='cuda'):
+        loss = m(images, order).loss                                 # alive until here: no two of them share an address
+    loss.backward(); wait(device)
+    return dict(loss=loss.item(), saved_mb=sum(saved.values())/2**20, peak_mb=peak(device))
 
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('out', help='JSON file for the result'); p.add_argument('--preset', default='base'); p.add_argument('--batch', type=int, default=8)
-    p.add_argument('--steps', type=int, default=3); p.add_argument('--device', default='cpu', choices=('cpu', 'cuda'))
-    p.add_argument('--version', choices=versions, help='measure this one, print it, and write nothing')
+    p.add_argument('--rounds', type=int, default=4); p.add_argument('--repeats', type=int, default=2); p.add_argument('--device', default='cpu', choices=('cpu', 'cuda'))
+    p.add_argument('--version', choices=versions, help='the memory of this one: print it, and write nothing')
     a = p.parse_args()
-    if a.version: print(json.dumps(measure(a.version, a.preset, a.batch, a.device, a.steps))); sys.exit()
-    args = ['--preset', a.preset, '--batch', str(a.batch), '--steps', str(a.steps), '--device', a.device]
-    runs = [json.loads(subprocess.run([sys.executable, __file__, a.out, *args, '--version', v], check=True, capture_output=True, text=True).stdout) for v in versions]
+    if a.version: print(json.dumps(memory(a.version, a.preset, a.batch, a.device))); sys.exit()
+    args = ['--preset', a.preset, '--batch', str(a.batch), '--rounds', str(a.rounds), '--repeats', str(a.repeats), '--device', a.device]
+    mem = {v: [] for v in versions}
+    for _ in range(a.repeats):
+        for v in versions: mem[v].append(json.loads(subprocess.run([sys.executable, __file__, a.out, *args, '--version', v], check=True, capture_output=True, text=True).stdout))
+    runs = [dict(version=v, seconds=s, loss=mem[v][0]['loss'], saved_mb=mem[v][0]['saved_mb'], peak_mb=[o['peak_mb'] for o in mem[v]])
+            for v,s in times(a.preset, a.batch, a.device, a.rounds).items()]
     machine = dict(device=torch.cuda.get_device_name() if a.device=='cuda' else f'{platform.machine()} CPU, {torch.get_num_threads()} threads', torch=torch.__version__)
     write_json(a.out, dict(command=f"python tools/saim_cost.py {a.out} {' '.join(args)}", machine=machine, runs=runs))
