@@ -1,7 +1,7 @@
 """What taps and decoders cost: deepmim_cost.py OUT.json [--preset base] [--batch 8] [--steps 5] [--device cuda]
 
 One training step (forward, backward, AdamW) of the encoder on all patches, of MAE, and of DeepMIM with more and more taps and deeper decoders. Each is a process of its
-own; `seconds` is the median of `steps` steps after one to warm up, `more_mb` what the steps need beyond model, images and optimizer, `gflop` counts a forward pass of one image."""
+own; `seconds` is the median of `steps` steps after one to warm up (on the CPU, seconds of the processor, so that other work of the machine does not count), `more_mb` what the steps need beyond model, images and optimizer, `gflop` counts a forward pass of one image."""
 import argparse, json, platform, statistics, subprocess, sys, time, torch
 from torch.utils.flop_counter import FlopCounterMode
 from mim_nb.deepmim import DeepMIM
@@ -17,7 +17,11 @@ def versions(depth, decoder_depth):
             **{f'DeepMIM, {n} decoder{"s"*(n>1)} of {decoder_depth//2}': (DeepMIM, dict(taps=taps[-n:])) for n in (1,2,3,4)},
             **{f'DeepMIM, 4 decoders of {d}': (DeepMIM, dict(taps=taps, decoder_depth=d)) for d in (1, decoder_depth) if d!=decoder_depth//2}}
 
-def sync(device): torch.cuda.synchronize() if device=='cuda' else None
+def now(device):
+    "Seconds: of a clock once the GPU has finished, or of this process's work on the CPU"
+    if device=='cpu': return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 def measure(name, a):
     torch.manual_seed(0)
@@ -33,10 +37,10 @@ def measure(name, a):
     if a.device=='cuda': torch.cuda.reset_peak_memory_stats()
     before = peak(a.device)
     for _ in range(a.steps+1):
-        start = time.perf_counter()
+        start = now(a.device)
         with torch.autocast(a.device, torch.bfloat16, enabled=a.device=='cuda'): l = loss()
-        l.backward(); opt.step(); opt.zero_grad(set_to_none=False); sync(a.device)
-        times.append(time.perf_counter()-start)
+        l.backward(); opt.step(); opt.zero_grad(set_to_none=False)
+        times.append(now(a.device)-start)
     return dict(version=name, preset=a.preset, batch=a.batch, seconds=round(statistics.median(times[1:]), 4), more_mb=round(peak(a.device)-before), gflop=round(flops.get_total_flops()/1e9, 3),
                 parameters=sum(p.numel() for p in (m.encoder if full else m).parameters()))
 
