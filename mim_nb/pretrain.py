@@ -145,6 +145,7 @@ def pretrain(
     if tokenizer: tokenizer = load_tokenizer(tokenizer); config['model']['vocab_size'] = tokenizer.vocab_size
     torch.manual_seed(config['seed'])
     m = get_method(config['method'])(**config['model']).to(device)
+    if getattr(m, 'teacher_name', None): m.get_teacher()       # now, so that one that cannot be had is not found out later
     recipe,few,held = dict(config['recipe']),sample(train, 20_000),sample(test, 5_000)
     per_epoch = steps_per_epoch(train, recipe['batch_size'])
     save_run(out, config)
