@@ -164,7 +164,7 @@ def official_sizes(cls:SAIM, w):
     blur = None if k is None else (k.shape[-1], round((2*(k[0,0].max()/k[0,0,k.shape[-1]//2,k.shape[-1]//2+1]).log().item())**-.5, 4))
     return dict(img_size=p*round((L-1)**.5), patch_size=p, in_chans=proj.shape[1], embed_dim=D, depth=depth, query_depth=query, blur=blur)
 
-# %% ../nbs/12_saim.ipynb #00000045
+# %% ../nbs/12_saim.ipynb #0000004c
 @patch
 def paint(self:SAIM,
     pred,        # predicted patches, (B, L, p*p*C)
@@ -184,7 +184,7 @@ def reconstruct(self:SAIM,
     "Each patch as predicted from the true patches revealed before it"
     return self.paint(self(images, mask, generator=generator).pred, images)
 
-# %% ../nbs/12_saim.ipynb #00000047
+# %% ../nbs/12_saim.ipynb #0000004e
 @patch
 @torch.no_grad()
 def pictures(self:SAIM, images, mask):
@@ -194,7 +194,7 @@ def pictures(self:SAIM, images, mask):
             'the target' + ('' if self.kernel is None else ': blurred'): self.paint(self.target(images), images),
             'each patch predicted from the true ones before it': self.reconstruct(images, mask)}
 
-# %% ../nbs/12_saim.ipynb #0000004a
+# %% ../nbs/12_saim.ipynb #00000051
 @patch
 @torch.no_grad()
 def complete(self:SAIM,
@@ -211,7 +211,7 @@ def complete(self:SAIM,
         frames.append(torch.where(turn==k, patchify(painted, self.patch_size), frames[-1]))
     return torch.stack([unpatchify(f, self.patch_size, self.grid) for f in frames])
 
-# %% ../nbs/12_saim.ipynb #00000060
+# %% ../nbs/12_saim.ipynb #00000066
 @patch
 def export_encoder(self:SAIM)->tuple: # a plain timm `VisionTransformer`, timm's name for it, and its arguments
     "The encoder as timm has it"
