@@ -249,7 +249,7 @@ class MixMIM(MIM):
     "Mix two images, keep them apart in attention, and predict both (arXiv 2205.13137)"
     _image = dict(img_size=224, patch_size=4, in_chans=3, decoder_dim=512, decoder_depth=8)
     presets = dict(
-        tiny =dict(img_size=28, patch_size=2, in_chans=1, embed_dim=48, depths=(1,3), num_heads=(2,3), window=7, decoder_dim=64, decoder_depth=2),
+        tiny =dict(img_size=28, patch_size=2, in_chans=1, embed_dim=48, depths=(1,3), num_heads=(2,3), window=7, decoder_dim=64, decoder_depth=2, norm_pix=False),
         small=dict(img_size=28, patch_size=2, in_chans=1, embed_dim=192, depths=(2,6), decoder_dim=192, decoder_depth=4),
         base =dict(_image, embed_dim=128, depths=(2,2,18,2)),
         large=dict(_image, embed_dim=192, depths=(2,2,18,2)),
@@ -367,7 +367,7 @@ def pictures(self:MixMIM, images, mask):
     if not self.norm_pix: return rows
     return {**rows, 'what a prediction of nothing would look like': self.to_images(torch.zeros(1, device=images.device), images, torch.ones_like(mask))}
 
-# %% ../nbs/13_mixmim.ipynb #0000005e
+# %% ../nbs/13_mixmim.ipynb #00000066
 @patch
 @torch.no_grad()
 def export_encoder(self:MixMIM)->tuple: # a copy in eval mode, timm's name for it, and its arguments

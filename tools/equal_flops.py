@@ -46,6 +46,6 @@ if __name__=='__main__':
     out,method,seed,*tokenizer = sys.argv[1:]
     r = run(method, int(seed), *tokenizer)
     old = json.loads(Path(out).read_text())['runs'] if Path(out).exists() else []
-    command = 'for s in 0 1 2; do for m in mixmim mae beit; do tools/equal_flops.py results/mixmim_equal_flops_cpu.json $m $s [runs/beit_$s/tokenizer]; done; done   # the tokenizers by mim_pretrain --seed $s; OMP_NUM_THREADS=1'
+    command = 'for s in 0 1 2; do for m in mixmim mae beit; do python tools/equal_flops.py results/mixmim_equal_flops_cpu.json $m $s [runs/beit_$s/tokenizer]; done; done   # the tokenizers by mim_pretrain --seed $s; OMP_NUM_THREADS=1'
     write_json(out, dict(command=command, runs=[o for o in old if (o['method'],o['seed'])!=(method,int(seed))]+[r]))
     print({k: r[k] for k in ('method','seed','steps','seconds','before','after')})
