@@ -114,14 +114,15 @@ def _machine(device):
     return dict(device=torch.cuda.get_device_name(device) if cuda else f'{platform.machine()} CPU, {torch.get_num_threads()} threads',
                 python=platform.python_version(), torch=torch.__version__, timm=timm.__version__)
 
-def _report(out, metrics):
+def _report(out, metrics, encoder):
     if metrics['after']:
         print(f"\n\n{'accuracy':<12}" + ''.join(f'{k:>8}' for k in metrics['after']))
         for row,name in (('before','untrained'), ('after','pretrained')): print(f'{name:<12}' + ''.join(f'{v:8.1%}' for v in metrics[row].values()))
     else: print("\n\nThe images have no labels, so there is no accuracy to measure: look at the pictures")
+    ours = 'import mim_nb; ' if type(encoder).__module__.startswith('mim_nb') else ''        # timm must have heard of it
     print(f"""
 {metrics['seconds']:.0f} seconds in all; pretraining saw {metrics['images_per_second']:.0f} images a second
-encoder   {out}/encoder   timm.create_model('local-dir:{out}/encoder', pretrained=True)
+encoder   {out}/encoder   {ours}timm.create_model('local-dir:{out}/encoder', pretrained=True)
 pictures  {out}/reconstructions.png
 log       {out}/log.jsonl""")
 
@@ -166,14 +167,14 @@ def pretrain(
     save_encoder(m, out/'encoder')
     save_pictures(m, resize(held.images[:8].to(device), m.img_size[0]), out/'reconstructions.png')
     write_json(out/'metrics.json', dict(metrics, loss=log[-1]['loss'], machine=_machine(device)))
-    _report(out, metrics)
+    _report(out, metrics, m.encoder)
     return metrics
 
 # %% ../nbs/17_pretrain.ipynb #00000017
 def mim_pretrain(
     method:str=None,    # how to pretrain (may be the first word); default: beit
     data:str=None,      # fashion_mnist, fashion_mnist_full, a folder of images, or a name that timm.data.create_dataset knows; default: fashion_mnist
-    preset:str=None,    # tiny (two CPU cores), small (a GPU), base, large (the paper's); default: tiny
+    preset:str=None,    # tiny (two CPU cores), small (a GPU), base, large, huge (the papers', where they have them); default: tiny
     epochs:float=None,  # passes over the images; default: the recipe's
     out:str=None,       # folder of the run; default: runs/METHOD
     resume:bool=False,  # go on with the run in that folder

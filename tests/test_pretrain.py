@@ -60,7 +60,8 @@ def test_a_run_folder_is_complete(whole):
 @pytest.mark.parametrize('where,signum', [('tokenizer', signal.SIGKILL), ('.', signal.SIGKILL), ('.', signal.SIGTERM), ('.', signal.SIGINT)])
 def test_a_killed_run_resumes_to_the_same_bytes(whole, photos, tmp_path, where, signum):
     log = tmp_path/'runs/beit'/where/'log.jsonl'
-    p = subprocess.Popen(command('mim_pretrain', 'beit', '--data', photos, *ARGS), cwd=tmp_path, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    ready = ['--tokenizer', whole[0]/'tokenizer'] if where=='.' else []
+    p = subprocess.Popen(command('mim_pretrain', 'beit', '--data', photos, *ARGS, *ready), cwd=tmp_path, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while p.poll() is None and not (log.exists() and len(log.read_text().splitlines())>=2): time.sleep(.02)
     p.send_signal(signum)
     err = p.communicate(timeout=60)[1]
