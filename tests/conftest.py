@@ -8,11 +8,6 @@ torch.set_num_threads(1)
 ROOT = Path(__file__).parents[1]
 NOT_SOURCE = shutil.ignore_patterns('.git', '.venv', '_docs', '_proc', 'build', 'dist', 'runs', '*.egg-info', '__pycache__', '.pytest_cache', '.hypothesis', '.ipynb_checkpoints')
 
-def pytest_collection_modifyitems(items):
-    "A file's tests share their fixtures, so one worker takes them all; each notebook goes to whoever is free"
-    for item in items:
-        if 'nb' not in getattr(item, 'fixturenames', ()): item.add_marker(pytest.mark.xdist_group(item.path.stem))
-
 @pytest.fixture
 def copy(tmp_path):
     "A copy of the project's sources, for tests that write into the project"
