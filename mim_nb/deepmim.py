@@ -13,8 +13,8 @@ from pathlib import Path
 from timm.layers import to_2tuple
 from torch import nn
 from .augment import resize
+from .encoders import encoder_folder
 from .mae import Decoder, MAE
-from .patches import patchify, unpatchify
 from .patches import patchify, unpatchify
 
 # %% ../nbs/11_deepmim.ipynb #0000000c
@@ -67,7 +67,7 @@ def teacher_model(
     pretrained=True, # with its weights; False: on PyTorch's meta device, for its sizes only
 ):
     "A timm model to learn from"
-    found = next((f'local-dir:{p}' for p in (Path(name)/'encoder', Path(name)) if (p/'config.json').exists() and (p/'model.safetensors').exists()), name)
+    folder = encoder_folder(name); found = f'local-dir:{folder}' if folder else name
     kind = "the folder of a run or of an encoder, or a name from timm.list_pretrained()"
     try:
         if pretrained: return timm.create_model(found, pretrained=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import nn
 from .cli import command
 from .data import load_like
+from .encoders import encoder_folder
 from .finetune import Classifier, finetune, finetune_recipes, split
 from .probes import check_labels, encoder_parts, evaluate, evaluate_layers, features, frozen_probes, knn, layer_features, linear_probe, standardize
 from .train import get_device, write_json
@@ -24,7 +25,7 @@ def load_encoder(
     name, # a run's folder, an encoder's folder, or a timm model's name such as 'vit_tiny_patch16_224'
 )->nn.Module: # a timm model in eval mode
     "A pretrained encoder by folder or by timm's name"
-    folder = next((p for p in (Path(name)/'encoder', Path(name)) if (p/'config.json').exists() and (p/'model.safetensors').exists()), None)
+    folder = encoder_folder(name)
     if folder: return timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
     if Path(name).exists(): raise FileNotFoundError(f"{name} holds no encoder: a finished run has a folder `encoder` with config.json and model.safetensors; finish it with mim_pretrain --resume")
     try: return timm.create_model(name, pretrained=True, num_classes=0).eval()

@@ -34,7 +34,7 @@ def _set_drop_path(net, rate):
 
 def _with_head(m, classes, pool, drop_path):
     "A copy of an encoder with a new head, the norm behind the average"
-    net = deepcopy(m.export_encoder()[0] if isinstance(m, MIM) else m)
+    net = m.export_encoder()[0] if isinstance(m, MIM) else deepcopy(m)
     try: net.reset_classifier(classes, 'token' if pool=='cls' else 'avg')
     except (AssertionError, TypeError): raise ValueError(f"{type(net).__name__} cannot be pooled by {pool!r}: take 'mean'") from None
     if pool=='mean' and isinstance(getattr(net, 'fc_norm', None), nn.Identity): net.norm,net.fc_norm = net.fc_norm,net.norm

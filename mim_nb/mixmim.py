@@ -17,7 +17,7 @@ from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock, win
 from torch import nn
 from .attention import group_mask
 from .encoders import xavier_init
-from .mae import Decoder, MAE
+from .mae import Decoder, MAE, decoder_names
 from .masks import random_order
 from .mim import MIM
 from .patches import patchify, sincos_pos_embed, unpatchify
@@ -326,8 +326,7 @@ def check_pair(self:MixMIM, x, mask):
         raise ValueError(f"the mask must be bool with one entry for each of the {self.num_patches} cells, True = from the partner, the same for the whole batch; got {mask.dtype} {tuple(mask.shape)}")
 
 # %% ../nbs/13_mixmim.ipynb #00000047
-MixMIM.official = [(r'.*relative_position_index', None), ('decoder_pos_embed', None), ('absolute_pos_embed', 'encoder.pos_embed'), ('mask_token', 'decoder.mask_token'),
-                   (r'decoder_embed\.(.*)', r'decoder.embed.\1'), (r'decoder_pred\.(.*)', r'decoder.head.\1'), (r'decoder_(blocks|norm)\.(.*)', r'decoder.\1.\2'),
+MixMIM.official = [(r'.*relative_position_index', None), ('absolute_pos_embed', 'encoder.pos_embed'), *decoder_names,
                    *((fr'layers\.{i}\.downsample\.(.*)', fr'encoder.layers.{i+1}.downsample.\1') for i in range(3)), ('(.*)', r'encoder.\1')]
 
 @patch(cls_method=True)

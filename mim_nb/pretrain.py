@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['tokenizer_recipe', 'min_steps', 'mim_pretrain_cli', 'settings', 'open_run', 'save_run', 'get_tokenizer', 'vocabulary',
-           'save_pictures', 'pretrain', 'mim_pretrain']
+           'save_pictures', 'machine', 'pretrain', 'mim_pretrain']
 
 # %% ../nbs/17_pretrain.ipynb #00000003
 import json, platform, statistics, sys, time
@@ -109,7 +109,10 @@ def save_pictures(
 # %% ../nbs/17_pretrain.ipynb #00000013
 def _examine(m, train, test): return evaluate(m, train, test) if train.labels is not None and test.labels is not None else {}
 
-def _machine(device):
+def machine(
+    device # a `torch.device`
+)->dict:   # what computes there, and the versions of Python, PyTorch and timm
+    "What a measurement was made on"
     cuda = device.type=='cuda'
     return dict(device=torch.cuda.get_device_name(device) if cuda else f'{platform.machine()} CPU, {torch.get_num_threads()} threads',
                 python=platform.python_version(), torch=torch.__version__, timm=timm.__version__)
@@ -166,7 +169,7 @@ def pretrain(
     metrics.update(after=_examine(m, few, held), seconds=time.time()-start, images_per_second=speed)
     save_encoder(m, out/'encoder')
     save_pictures(m, resize(held.images[:8].to(device), m.img_size[0]), out/'reconstructions.png')
-    write_json(out/'metrics.json', dict(metrics, loss=log[-1]['loss'], machine=_machine(device)))
+    write_json(out/'metrics.json', dict(metrics, loss=log[-1]['loss'], machine=machine(device)))
     _report(out, metrics, m.encoder)
     return metrics
 

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mim_nb.data import load_data
 from mim_nb.evaluate import evaluate_layers, finetune, load_encoder, split
 from mim_nb.methods import create, methods
-from mim_nb.pretrain import _machine, get_tokenizer, pretrain, settings
+from mim_nb.pretrain import get_tokenizer, machine, pretrain, settings
 from mim_nb.train import get_device, read_log, write_json
 
 # epochs of pretraining, the recipe of fine-tuning and its epochs with all labels and with a tenth of them
@@ -95,5 +95,5 @@ def main(
     rows = [json.loads(f.read_text()) for f in results.values()]
     command = f"python tools/compare.py --budget {budget} --seeds {','.join(map(str, seeds))} --jobs {jobs}"
     file = Path(__file__).parents[1]/'results'/f'compare_{budget}_{device.type}.json'
-    write_json(file, dict(command=command, budget=budgets[budget], machine=_machine(device), rows=rows))
+    write_json(file, dict(command=command, budget=budgets[budget], machine=machine(device), rows=rows))
     print(f'written to {file}')

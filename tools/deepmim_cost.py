@@ -2,20 +2,19 @@
 
 One training step (forward, backward, AdamW) of the encoder on all patches, of MAE, and of DeepMIM with more and more taps and deeper decoders. Each is a process of its
 own; `seconds` is the median of `steps` steps after one to warm up (on the CPU, seconds of the processor, so that other work of the machine does not count), `more_mb` what the steps need beyond model, images and optimizer, `gflop` counts a forward pass of one image."""
-import argparse, json, platform, statistics, subprocess, sys, time, torch
+import argparse, json, statistics, subprocess, sys, time, torch
 from torch.utils.flop_counter import FlopCounterMode
-from mim_nb.deepmim import DeepMIM
+from mim_nb.deepmim import DeepMIM, spread_taps
 from mim_nb.mae import MAE
 from mim_nb.train import write_json
-sys.path.insert(0, __file__.rpartition('/')[0] or '.')
 from mcbeit_memory import peak
 
 def versions(depth, decoder_depth):
     "What to measure: name -> class and arguments"
-    taps = [depth//2, round(depth*2/3), round(depth*5/6), depth]
+    taps = spread_taps(depth)
     return {'encoder, all patches': (MAE, dict(decoder_depth=0)), f'MAE, 1 decoder of {decoder_depth}': (MAE, {}),
-            **{f'DeepMIM, {n} decoder{"s"*(n>1)} of {decoder_depth//2}': (DeepMIM, dict(taps=taps[-n:])) for n in (1,2,3,4)},
-            **{f'DeepMIM, 4 decoders of {d}': (DeepMIM, dict(taps=taps, decoder_depth=d)) for d in (1, decoder_depth) if d!=decoder_depth//2}}
+            **{f'DeepMIM, {n} decoder{"s"*(n>1)} of {decoder_depth//2}': (DeepMIM, dict(taps=taps[-n:])) for n in range(1, len(taps)+1)},
+            **{f'DeepMIM, {len(taps)} decoders of {d}': (DeepMIM, dict(taps=taps, decoder_depth=d)) for d in (1, decoder_depth) if d!=decoder_depth//2}}
 
 def now(device):
     "Seconds: of a clock once the GPU has finished, or of this process's work on the CPU"
@@ -50,10 +49,10 @@ if __name__=='__main__':
     p.add_argument('--device', default='cpu', choices=('cpu', 'cuda')); p.add_argument('--version', help='measure this one, print it, and write nothing')
     a = p.parse_args()
     if a.version: print(json.dumps(measure(a.version, a))); sys.exit()
+    from mim_nb.pretrain import machine             # here, so that the measured processes do not hold it
     args = ['--preset', a.preset, '--batch', str(a.batch), '--steps', str(a.steps), '--device', a.device]
     runs = []
     for v in versions(MAE.presets[a.preset]['depth'], MAE.presets[a.preset]['decoder_depth']):
         runs.append(json.loads(subprocess.run([sys.executable, __file__, a.out, *args, '--version', v], check=True, capture_output=True, text=True).stdout))
         print(f"{v:28}{runs[-1]['seconds']:8.3f} s a step{runs[-1]['more_mb']:8} MB{runs[-1]['gflop']:8.2f} GFLOP", flush=True)
-    machine = dict(device=torch.cuda.get_device_name() if a.device=='cuda' else f'{platform.machine()} CPU, {torch.get_num_threads()} threads', torch=torch.__version__)
-    write_json(a.out, dict(command=f"python tools/deepmim_cost.py {a.out} {' '.join(args)}", machine=machine, runs=runs))
+    write_json(a.out, dict(command=f"python tools/deepmim_cost.py {a.out} {' '.join(args)}", machine=machine(torch.device(a.device)), runs=runs))

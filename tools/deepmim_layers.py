@@ -7,27 +7,18 @@ from pathlib import Path
 from mim_nb.augment import Augment
 from mim_nb.data import load_data
 from mim_nb.deepmim import DeepMIM
-from mim_nb.evaluate import knn, linear_probe, standardize
+from mim_nb.evaluate import evaluate_layers
 from mim_nb.mae import MAE
-from mim_nb.pretrain import _machine
+from mim_nb.pretrain import machine
 from mim_nb.train import fit, get_device, write_json
 from mim_nb.visualize import attention_stats
 
 classes = dict(mae=MAE, deepmim=DeepMIM)
 
-@torch.no_grad()
-def every_layer(m, images):
-    "Mean patch features after each block, as `features` gives them: a list of (N,D)"
-    enc,was = m.encoder,m.training
-    m.eval()
-    parts = [enc.forward_intermediates(m.normalize(x.to(m.device)/255), norm=True, intermediates_only=True) for x in images.split(500)]
-    m.train(was)
-    return [torch.cat([z.mean((2,3)).float().cpu() for z in layer]) for layer in zip(*parts)]
-
 def probe(m, train, test):
     "Accuracies of every block, from the first to the last"
-    pairs = [standardize(f, ft) for f,ft in zip(every_layer(m, train.images), every_layer(m, test.images))]
-    return {k: [round(p(f, train.labels, ft, test.labels), 4) for f,ft in pairs] for k,p in dict(knn=knn, linear=linear_probe).items()}
+    rows = evaluate_layers(m, train, test)
+    return {k: [round(r[k], 4) for r in rows] for k in rows[0]}
 
 def attention(m, images): return {k: [[round(h, 4) for h in l.tolist()] for l in v] for k,v in attention_stats(m, images).items()}
 
@@ -56,7 +47,7 @@ def run(name, seed, a):
     probes.append(dict(step=step, **probe(m, few, held)))
     keys = ('step', 'epoch', 'loss', *(k for k in log[0] if k.startswith('tap')))
     return dict(method=name, seed=seed, taps=getattr(m, 'taps', [a.depth]), steps=step, seconds=round(seconds, 1), probes=probes, norm_pix=a.norm_pix, attention=dict(before=before, after=attention(m, some)),
-                log=[{k: round(r[k], 4) for k in keys} for r in log[::3]], machine=_machine(device), recipe={k: v for k,v in recipe.items() if k!='augment'})
+                log=[{k: round(r[k], 4) for k in keys} for r in log[::3]], machine=machine(device), recipe={k: v for k,v in recipe.items() if k!='augment'})
 
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -13,7 +13,7 @@ from mim_nb.data import load_data
 from mim_nb.evaluate import evaluate
 from mim_nb.mae import MAE
 from mim_nb.mixmim import MixMIM
-from mim_nb.pretrain import _machine
+from mim_nb.pretrain import machine
 from mim_nb.tokenizers import load_tokenizer
 from mim_nb.train import fit, write_json
 
@@ -39,7 +39,7 @@ def run(method, seed, tokenizer=None):
     before,start = evaluate(m, train, test),time.time()
     log = fit(m, train, **{k: v for k,v in recipe.items() if k!='augment'}, augment=Augment(m.img_size[0], **recipe['augment']), seed=seed, device='cpu', bar=False)
     return dict(method=method, seed=seed, recipe=recipe, flops=per_image, seconds=time.time()-start, images=len(train), steps=log[-1]['step'], loss=log[-1]['loss'],
-                before=before, after=evaluate(m, train, test), machine=_machine(torch.device('cpu')))
+                before=before, after=evaluate(m, train, test), machine=machine(torch.device('cpu')))
 
 if __name__=='__main__':
     if len(sys.argv)<4: sys.exit(__doc__)

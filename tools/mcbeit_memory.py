@@ -1,7 +1,7 @@
 """Peak memory of one forward and backward of mc-BEiT, as it is and with all logits and the refined target built: mcbeit_memory.py OUT.json [--device cuda]
 
 Each measurement is a process of its own; `more_mb` is what a whole step, or the head and the loss alone, need beyond model, images and the tokenizer's logits."""
-import argparse, json, platform, resource, subprocess, sys, time, torch
+import argparse, json, resource, subprocess, sys, time, torch
 from mim_nb.mcbeit import McBEiT, refine
 from mim_nb.train import write_json
 
@@ -37,9 +37,9 @@ if __name__=='__main__':
     p.add_argument('--device', default='cpu', choices=('cpu', 'cuda')); p.add_argument('--version', choices=versions, help='measure this one, print it, and write nothing'); p.add_argument('--part', default='step', choices=('step', 'loss'))
     a = p.parse_args()
     if a.version: print(json.dumps(measure(a.version, a.part, a.preset, a.batch, a.device))); sys.exit()
+    from mim_nb.pretrain import machine             # here, so that the measured processes do not hold it
     args = ['--preset', a.preset, '--batch', str(a.batch), '--device', a.device]
     runs = [json.loads(subprocess.run([sys.executable, __file__, a.out, *args, '--version', v, '--part', part], check=True, capture_output=True, text=True).stdout)
             for part in ('step', 'loss') for v in versions]
-    machine = dict(device=torch.cuda.get_device_name() if a.device=='cuda' else f'{platform.machine()} CPU, {torch.get_num_threads()} threads', torch=torch.__version__)
-    write_json(a.out, dict(command=f"python tools/mcbeit_memory.py {a.out} {' '.join(args)}", machine=machine, runs=runs))
+    write_json(a.out, dict(command=f"python tools/mcbeit_memory.py {a.out} {' '.join(args)}", machine=machine(torch.device(a.device)), runs=runs))
     for r in runs: print(f"{r['version']:28}{r['part']:6}{r['more_mb']:8.0f} MB   loss {r['loss']:.6f}   {r['seconds']:.1f} s")

@@ -3,10 +3,11 @@
 Time: one process, the same weights for all versions, one step of each in turn, over and over; so a machine that gets busier or
 idler meanwhile does so for all of them. Memory: `saved_mb` is what autograd keeps for the backward pass, counted tensor by tensor;
 `peak_mb` is the most that a process of its own needs in all, several times over, as the operating system or the GPU sees it."""
-import argparse, json, math, platform, resource, subprocess, sys, time, torch, torch.nn.functional as F
+import argparse, json, math, subprocess, sys, time, torch, torch.nn.functional as F
 from mim_nb.attention import attend, attention_weights
 from mim_nb.saim import SAIM
 from mim_nb.train import write_json
+from mcbeit_memory import peak
 
 class Masked(SAIM):
     "Tokens in image order; who may look at whom says a mask of (B,1,1+L,1+L) numbers a stream"
@@ -46,10 +47,6 @@ class Scores(Masked):
         return a.proj((attention_weights(q, k, mask) @ v).transpose(1,2).flatten(2))
 
 versions = {'sorted, causal': SAIM, 'masked': Masked, 'masked, scores written out': Scores}
-
-def peak(device):
-    "Most memory so far, MB"
-    return torch.cuda.max_memory_allocated()/2**20 if device=='cuda' else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(2**20 if sys.platform=='darwin' else 2**10)
 
 def wait(device):
     if device=='cuda': torch.cuda.synchronize()
@@ -97,11 +94,11 @@ if __name__=='__main__':
     p.add_argument('--version', choices=versions, help='the memory of this one: print it, and write nothing')
     a = p.parse_args()
     if a.version: print(json.dumps(memory(a.version, a.preset, a.batch, a.device))); sys.exit()
+    from mim_nb.pretrain import machine             # here, so that the measured processes do not hold it
     args = ['--preset', a.preset, '--batch', str(a.batch), '--rounds', str(a.rounds), '--repeats', str(a.repeats), '--device', a.device]
     mem = {v: [] for v in versions}
     for _ in range(a.repeats):
         for v in versions: mem[v].append(json.loads(subprocess.run([sys.executable, __file__, a.out, *args, '--version', v], check=True, capture_output=True, text=True).stdout))
     runs = [dict(version=v, seconds=s, loss=mem[v][0]['loss'], saved_mb=mem[v][0]['saved_mb'], peak_mb=[o['peak_mb'] for o in mem[v]])
             for v,s in times(a.preset, a.batch, a.device, a.rounds).items()]
-    machine = dict(device=torch.cuda.get_device_name() if a.device=='cuda' else f'{platform.machine()} CPU, {torch.get_num_threads()} threads', torch=torch.__version__)
-    write_json(a.out, dict(command=f"python tools/saim_cost.py {a.out} {' '.join(args)}", machine=machine, runs=runs))
+    write_json(a.out, dict(command=f"python tools/saim_cost.py {a.out} {' '.join(args)}", machine=machine(torch.device(a.device)), runs=runs))
