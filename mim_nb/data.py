@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['plot_style', 'fashion_classes', 'fashion_dirs', 'show_images', 'ImageSet', 'steps_per_epoch', 'batch_indices',
-           'batches', 'to_square', 'LazySet', 'image_files', 'Folder', 'cache_dir', 'read_idx', 'Clothes', 'load_data',
-           'load_like', 'sample']
+           'batches', 'to_square', 'LazySet', 'image_files', 'Strings', 'open_image', 'split_folders', 'Folder',
+           'cache_dir', 'read_idx', 'Clothes', 'load_data', 'load_like', 'sample']
 
 # %% ../nbs/00_data.ipynb #00000003
-import difflib, gzip, os, re, warnings
+import difflib, gzip, io, os, re, signal, warnings
 import numpy as np, torch, matplotlib.pyplot as plt
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from fastcore.meta import delegates
 from fastprogress.fastprogress import progress_bar
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from timm.data import create_dataset
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from torchvision.datasets import FashionMNIST
@@ -79,13 +79,17 @@ def batch_indices(n,           # images in the set
                   stop=None,   # the step to stop before; None: go on for ever
                   seed=0,      # of the order
                   rank=0,      # this process, among
-                  world=1):    # so many
+                  world=1,     # so many
+                  near=None):  # an image moves by fewer places than this; None: anywhere
     "For each step the indices of its images, a function of `(seed, step, rank)` alone"
     steps,epoch,step = n//batch_size,None,start
     while stop is None or step<stop:
-        if step//steps!=epoch: epoch = step//steps; order = torch.from_numpy(np.random.default_rng((seed,epoch)).permutation(n))
+        if step//steps!=epoch: epoch = step//steps; order = _shuffled(n, np.random.default_rng((seed,epoch)), near)
         yield order[step%steps*batch_size:][rank:batch_size:world]
         step += 1
+
+def _shuffled(n, rng, near):
+    return torch.from_numpy(rng.permutation(n) if near is None else np.argsort(np.arange(n) + near*rng.random(n), kind='stable'))
 
 # %% ../nbs/00_data.ipynb #0000001f
 def batches(data,            # an `ImageSet`, a `LazySet`, or any dataset with such items
@@ -100,22 +104,30 @@ def batches(data,            # an `ImageSet`, a `LazySet`, or any dataset with s
     "Yields `(images uint8 (B,C,H,W), labels long (B,))`: each image once an epoch, in an order that only `seed` and epoch decide"
     steps_per_epoch(data, batch_size)
     if batch_size%world: raise ValueError(f'A batch of {batch_size} does not divide over {world} processes: take a multiple of {world}')
-    idxs = batch_indices(len(data), batch_size, start, stop, seed, rank, world)
-    items = (_take(data, o) for o in idxs) if isinstance(data, ImageSet) else _decode(data, idxs, workers, device)
+    which = batch_size,start,stop,seed,rank,world
+    if hasattr(data, 'forward'): items = _load(data.forward(*which), min(workers, 1), device, batch_size=None)     # a stream
+    else:
+        idxs = batch_indices(len(data), *which, getattr(data, 'near', None))
+        items = (_take(data, o) for o in idxs) if isinstance(data, ImageSet) else \
+                _load(data, workers, device, batch_sampler=(o.tolist() for o in idxs))
     return ((x.to(device, non_blocking=True), y.to(device, non_blocking=True)) for x,y in items)
 
 def _take(data, idx):
     x = data.images[idx.to(data.images.device)]
     return x, torch.full((len(idx),), -1) if data.labels is None else data.labels[idx.to(data.labels.device)]
 
-def _decode(data, idxs, workers, device):
-    loader = DataLoader(data, batch_sampler=(o.tolist() for o in idxs), num_workers=workers,
-                        pin_memory=torch.device(device).type=='cuda', generator=torch.Generator())
+def _load(data, workers, device, **how):
+    loader = DataLoader(data, num_workers=workers, worker_init_fn=_start_worker, pin_memory=torch.device(device).type=='cuda',
+                        generator=torch.Generator(), **how)
     try: yield from loader
     except (RuntimeError, OSError) as e:
         if not re.search('bus error|no space left|shared memory|/dev/shm', f'{e} {e.__cause__} {e.__context__}', re.I): raise
         raise RuntimeError(f'The {workers} loading workers ran out of shared memory: lower workers (0 needs none), '
                            'or give the machine a larger /dev/shm (docker run --shm-size=8g)') from e
+
+def _start_worker(_):
+    torch.set_num_threads(1)
+    for s in {'SIGINT', 'SIGTERM', 'SIGUSR1'} & set(dir(signal)): signal.signal(getattr(signal, s), signal.SIG_IGN)
 
 # %% ../nbs/00_data.ipynb #00000023
 _grey_modes = {'1', 'L', 'LA', 'La', 'F', 'I', 'I;16', 'I;16L', 'I;16B', 'I;16N'}
@@ -124,6 +136,7 @@ def to_square(im,          # a PIL image of any size and mode
               size,        # S, pixels
               chans):      # 1 (grey) or 3 (colour)
     "uint8 `(C,S,S)`: the shorter side resized to S (bicubic, antialiased), then the middle"
+    im.draft(None, (2*size, 2*size))       # a JPEG that is not decoded yet: no finer than that
     im = ImageOps.exif_transpose(im)
     if im.mode[0]=='I': im = Image.fromarray((np.asarray(im, np.int64)>>8).clip(0,255).astype(np.uint8))       # 16 bits to 8
     if im.has_transparency_data: im = Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im.convert('RGBA'))
@@ -150,8 +163,9 @@ class LazySet(Dataset):
         return new
     def decode(self, i):
         "`(image, label)`, or None if it can't be read: `bad[i]` then says why"
+        im = None
         try: im,y = self.source[i]; return to_square(im, self.img_size, self.in_chans), -1 if y is None else int(y)
-        except Exception as e: self.bad[i] = f'no. {i}, {e}'
+        except Exception as e: self.bad[i] = f'no. {i}, ' + (f'{im.filename}: ' if getattr(im, 'filename', '') else '') + str(e)
     def __getitem__(self, i):
         for j in [(i+k)%len(self) for k in range(min(100, len(self)))]:
             if j in self.bad: continue
@@ -187,28 +201,48 @@ def image_files(folder):
         found += [os.path.join(d, o) for o in names if o[0]!='.' and o.lower().endswith(_exts)]
     return sorted(found)
 
+class Strings:
+    "A list of strings in two arrays instead of a million objects"
+    def __init__(self, items):
+        items = [os.fsencode(o) for o in items]
+        self.text,self.ends = b''.join(items),np.cumsum([0]+[len(o) for o in items])
+    def __len__(self): return len(self.ends)-1
+    def __getitem__(self, i):
+        if not -len(self)<=i<len(self): raise IndexError(i)
+        return os.fsdecode(self.text[self.ends[i%len(self)]:self.ends[i%len(self)+1]])
+
+def open_image(raw,    # a file's bytes
+               name):  # what messages call it
+    "A PIL image, not decoded yet"
+    try: im = Image.open(io.BytesIO(raw))
+    except UnidentifiedImageError: raise ValueError(f'{name}: not an image') from None
+    except Exception as e: raise ValueError(f'{name}: {e}') from e
+    im.filename = name
+    return im
+
+def split_folders(root, split):
+    "The folder that has a split, and all folders that have one"
+    if split not in _splits: raise ValueError(f'split is one of {", ".join(_splits)}, not {split!r}')
+    root = Path(root).expanduser()
+    other = [root/o for o in (split, *_splits[1:]) if o!='train' and (root/o).is_dir()][:1]
+    bases = [root/'train', *other] if (root/'train').is_dir() else [root]
+    return bases[0 if split=='train' else -1],bases
+
 class Folder:
     "The images of a folder; `[i]` is `(PIL image, label)`, labels being the names of subfolders"
     def __init__(self, root, split='train'):
-        if split not in _splits: raise ValueError(f'split is one of {", ".join(_splits)}, not {split!r}')
-        root,train = Path(root).expanduser(),split=='train'
-        other = [root/o for o in (split, *_splits[1:]) if o!='train' and (root/o).is_dir()][:1]
-        bases = [root/'train', *other] if (root/'train').is_dir() else [root]
-        base = bases[0] if train else bases[-1]
-        self.paths = [o for i,o in enumerate(image_files(base)) if len(bases)>1 or (i%10==0)!=train]
-        if not self.paths: raise ValueError(f'{base} has no images for the split {split!r}: files that end in {" ".join(_exts)} are looked for')
-        self._label(base, bases)
-    def _label(self, base, bases):
-        tops = [os.path.relpath(o, base).split(os.sep) for o in self.paths]
+        base,bases = split_folders(root, split)
+        paths = [o for i,o in enumerate(image_files(base)) if len(bases)>1 or (i%10==0)!=(split=='train')]
+        if not paths: raise ValueError(f'{base} has no images for the split {split!r}: files that end in {" ".join(_exts)} are looked for')
+        self.paths = Strings(paths)
+        tops = [o[len(os.path.join(base, '')):].partition(os.sep) for o in paths]
         names = sorted({o.name for b in bases for o in b.iterdir() if o.is_dir() and o.name[0]!='.'})
-        self.classes,number = names if all(len(o)>1 for o in tops) else [],{o:i for i,o in enumerate(names)}
+        self.classes,number = names if all(o[1] for o in tops) else [],{o:i for i,o in enumerate(names)}
         self.labels = [number[o[0]] for o in tops] if self.classes else None
     def __len__(self): return len(self.paths)
     def __getitem__(self, i):
-        try:
-            with Image.open(self.paths[i]) as im: im.load()
-        except Exception as e: raise ValueError(str(e) if self.paths[i] in str(e) else f'{self.paths[i]}: {e}') from e
-        return im, -1 if self.labels is None else self.labels[i]
+        path = self.paths[i]
+        return open_image(Path(path).read_bytes(), path), -1 if self.labels is None else self.labels[i]
 
 # %% ../nbs/00_data.ipynb #0000002a
 fashion_dirs = ['/usr/share/datasets/fashion-mnist']      # Debian's package dataset-fashion-mnist
