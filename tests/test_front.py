@@ -1,0 +1,53 @@
+"The playground's JavaScript draws the masks of the library; the glossary and the pages on papers name what exists; thumbnails"
+import json, re, shutil, subprocess
+from pathlib import Path
+import pytest, torch
+from mim_nb.masks import block_mask, random_mask
+
+ROOT = Path(__file__).parents[1]
+
+def in_node(code):
+    "What a piece of JavaScript returns that has the playground as `p`"
+    if not shutil.which('node'): pytest.skip('the playground is JavaScript, and there is no node to run it')
+    code = f"const p = require({json.dumps(str(ROOT/'nbs'/'playground.js'))}); console.log(JSON.stringify((() => {{ {code} }})()))"
+    return json.loads(subprocess.run(['node', '-e', code], check=True, capture_output=True, text=True, timeout=60).stdout)
+
+SEEDS = 'Array.from({length: 2000}, (_, i) => p.makeRandom(i))'
+
+@pytest.mark.parametrize('length,ratio', [(49, .75), (196, .75), (49, .4), (49, .05), (196, .95)])
+def test_random_masks_hide_as_many_as_ours(length, ratio):
+    counts = in_node(f"return {SEEDS}.map(r => p.randomMask({length}, {ratio}, r).filter(x => x).length)")
+    assert set(counts)=={random_mask(1, length, ratio).sum().item()}
+
+def test_random_masks_hide_every_patch_alike():
+    masks = torch.tensor(in_node(f"return {SEEDS}.map(r => p.randomMask(49, .75, r))")).float()
+    assert (masks.mean(0)-37/49).abs().max()<.05 and len(masks.unique(dim=0))==len(masks)
+
+def test_cells_are_half():
+    assert set(in_node(f"return {SEEDS}.map(r => p.cellMask(49, .5, r).filter(x => x).length)"))=={24}
+
+def test_orders_are_permutations():
+    orders = torch.tensor(in_node(f"return {SEEDS}.map(r => p.randomOrder(49, r))"))
+    assert (orders.sort(1).values==torch.arange(49)).all()
+
+@pytest.mark.parametrize('grid,wanted,least,aspect', [((14,14), 75, 16, .3), ((7,7), 19, 4, .3), ((7,7), 40, 1, .1), ((5,9), 20, 3, 1.)])
+def test_blocks_stay_on_the_grid_and_within_the_count(grid, wanted, least, aspect):
+    drawn = in_node(f"return {SEEDS}.map(r => p.blockMask({grid[0]}, {grid[1]}, {wanted}, {least}, {aspect}, r))")
+    for d in drawn:
+        hidden = sum(d['mask'])
+        assert hidden<=wanted and hidden==sum(len(b['added']) for b in d['blocks'])
+        assert {i for b in d['blocks'] for i in b['added']}=={i for i,m in enumerate(d['mask']) if m}
+        for b in d['blocks']:
+            assert 0<b['h']<grid[0] and 0<b['w']<grid[1] and 0<=b['top']<=grid[0]-b['h'] and 0<=b['left']<=grid[1]-b['w']
+
+def test_blocks_have_the_statistics_of_block_mask():
+    theirs = torch.tensor(in_node(f"return {SEEDS}.map(r => p.blockMask(14, 14, 75, 16, .3, r).mask)"))
+    ours = block_mask(2000, 14, 75, generator=torch.Generator().manual_seed(0))
+    for what in (lambda m: m.sum(1).float().mean(), lambda m: 50*(m.sum(1)==75).float().mean()): assert abs(what(theirs)-what(ours))<2.5
+    assert (theirs.float().mean(0)-ours.float().mean(0)).abs().max()<.08
+
+def test_every_choice_of_the_page_can_be_drawn():
+    text = in_node("""const said = {}
+        for (const method of ['blocks', 'random', 'cells', 'order']) said[method] = p.draw({method, grid: 7, ratio: 50, block: 4, aspect: .3, turns: 16}, 3).text
+        return said""")
+    assert text['random'].startswith('25 of 49') and text['cells'].startswith('24 of 49') and text['order'].startswith('33 of 49') and 'blocks' in text['blocks']
