@@ -1,4 +1,4 @@
-"""Every method on one budget, examined in one way: the numbers of nbs/16_compare.ipynb
+"""Every method on one budget, examined in one way: the numbers of nbs/16b_compare.ipynb
 
     python tools/compare.py                                        # two CPU cores, the shipped images
     python tools/compare.py --budget small --out runs/compare_small --jobs 1      # a GPU, all of Fashion-MNIST
@@ -17,9 +17,9 @@ from mim_nb.methods import create, methods
 from mim_nb.pretrain import get_tokenizer, machine, pretrain, settings
 from mim_nb.train import get_device, read_log, write_json
 
-# epochs of pretraining, the recipe of fine-tuning and its epochs with all labels and with a tenth of them
-budgets = dict(tiny =dict(data='fashion_mnist',      epochs=4,  recipe='tiny',  finetune=2,  few=10),
-               small=dict(data='fashion_mnist_full', epochs=20, recipe='small', finetune=10, few=30))
+# epochs of pretraining, the recipe of fine-tuning, and its epochs by the share of the labels
+budgets = dict(tiny =dict(data='fashion_mnist',      epochs=4,  recipe='tiny',  finetune={'1': 3,  '.1': 15, '.01': 40}),
+               small=dict(data='fashion_mnist_full', epochs=20, recipe='small', finetune={'1': 10, '.1': 30, '.01': 100}))
 scratch = 'scratch'       # no method: the ViT that all but MixMIM use, and supervised training alone
 
 def gflops(f):
@@ -37,14 +37,21 @@ def cost(name, preset):
                 encoder_parameters=sum(p.numel() for p in m.encoder.parameters()))
 
 def trained(m, train, test, b, seed, device):
-    "Accuracy after fine-tuning with a tenth of the labels, and with all"
-    few = split(train, .1, seed)[0]
-    run = lambda data, epochs: finetune(m, data, b['recipe'], epochs=epochs, seed=seed, device=device).accuracy(test)
-    return dict(few=run(few, b['few']), finetune=run(train, b['finetune']))
+    "Accuracy after fine-tuning, by the share of the labels"
+    def run(share, epochs):
+        some = train if share=='1' else split(train, float(share), seed)[0]
+        return finetune(m, some, b['recipe'], epochs=epochs, seed=seed, device=device).accuracy(test)
+    return dict(finetune={share: run(share, epochs) for share,epochs in b['finetune'].items()})
+
+def examined(m, train, test, seed):
+    "The frozen probes after every block, and the blocks that look best on a tenth of the training images which the probes' training leaves out"
+    held,rest = split(train, .1, seed)
+    layers,chosen = evaluate_layers(m, train, test),evaluate_layers(m, rest, held)
+    return dict(layers=layers, best={p: max(range(len(chosen)), key=lambda l: chosen[l][p]) for p in ('knn','linear')})
 
 def one(name, seed, budget, out, device):
     "Pretrain one method, if that is not done, and examine it; or train from scratch"
-    b,folder,start = budgets[budget],out/f'{name}_{seed}',time.time()
+    b,folder,lap = budgets[budget],out/f'{name}_{seed}',[time.process_time()]
     train,test = (load_data(b['data'], s) for s in ('train','test'))
     torch.manual_seed(seed)
     if name==scratch:
@@ -56,9 +63,11 @@ def one(name, seed, budget, out, device):
         begun = (folder/'config.json').exists()
         if not (folder/'metrics.json').exists(): pretrain(folder, config, resume=begun, device=device, tokenizer=out/f'tokenizer_{seed}' if has_tokenizer else None)
         encoder,metrics = load_encoder(folder).to(get_device(device)),json.loads((folder/'metrics.json').read_text())
-        row = dict(before=metrics['before'], layers=evaluate_layers(encoder, train, test), images_per_second=metrics['images_per_second'],
-                   loss=[[r['epoch'], round(r['loss'], 4)] for r in read_log(folder)], **cost(name, budget), **trained(encoder, train, test, b, seed, device))
-    write_json(folder/'compare.json', dict(method=name, seed=seed, **row, seconds=time.time()-start))
+        lap.append(time.process_time())
+        row = dict(before=metrics['before'], **examined(encoder, train, test, seed), **cost(name, budget), **trained(encoder, train, test, b, seed, device),
+                   loss=[[r['epoch'], round(r['loss'], 4)] for r in read_log(folder)])
+    lap.append(time.process_time())
+    write_json(folder/'compare.json', dict(method=name, seed=seed, **row, processor_seconds=[round(b-a) for a,b in zip(lap, lap[1:])]))
 
 def tokenizer(seed, budget, out, device):
     "The dVAE that BEiT and mc-BEiT share"
