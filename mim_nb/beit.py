@@ -12,7 +12,7 @@ from functools import partial
 from timm.layers import LayerNorm, trunc_normal_
 from timm.models.beit import Beit
 from torch import nn
-from .masks import block_mask
+from .masks import block_mask, pick, places
 from .mim import MIM
 from .patches import patch_grid
 
@@ -85,13 +85,13 @@ class BEiT(MIM):
         for block in e.blocks: x = block(x, shared_rel_pos_bias=bias)
         return e.norm(x)
 
-    def decode(self, z, mask): return self.head(z[:,1:][mask])
+    def decode(self, z, mask): return self.head(pick(z[:,1:], places(mask).hidden))
 
     def target(self, images): return self.get_tokenizer().ids(images)
 
-    def loss(self, pred, target, mask, z): return F.cross_entropy(pred, target[mask])
+    def loss(self, pred, target, mask, z): return F.cross_entropy(pred, pick(target, places(mask).hidden))
 
-    def logs(self, pred, target, mask): return dict(accuracy=(pred.argmax(-1)==target[mask]).float().mean())
+    def logs(self, pred, target, mask): return dict(accuracy=(pred.argmax(-1)==pick(target, places(mask).hidden)).float().mean())
 
 # %% ../nbs/08_beit.ipynb #0000000e
 BEiT.official = [('.*relative_position_index', None), ('mask_token', 'mask_token'), (r'lm_head\.(.*)', r'head.\1'), ('(.*)', r'encoder.\1')]

@@ -15,6 +15,7 @@ from torch import nn
 from .augment import resize
 from .encoders import encoder_folder
 from .mae import Decoder, MAE
+from .masks import pick, places
 from .patches import patchify, unpatchify
 
 # %% ../nbs/11_deepmim.ipynb #0000000c
@@ -121,7 +122,8 @@ class DeepMIM(MAE):
 
     def tap_losses(self, pred, target, mask):
         "The loss of each tap, (taps,)"
-        pred,target = pred[:,mask].float(),target[mask]
+        hidden = places(mask).hidden
+        pred,target = torch.stack([pick(p, hidden) for p in pred]).float(),pick(target, hidden)
         if self.target_kind=='pixels': return (pred-target).pow(2).mean((1,2))
         return (2-2*F.cosine_similarity(pred, target, -1)).mean(1)
 

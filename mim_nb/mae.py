@@ -13,7 +13,7 @@ from timm.layers import LayerNorm
 from timm.models.vision_transformer import Block
 from torch import nn
 from .encoders import export_vit, sincos_vit, xavier_init
-from .masks import num_hidden, random_mask
+from .masks import num_hidden, pick, places, random_mask
 from .mim import MIM
 from .patches import denormalize_patches, normalize_patches, patchify, sincos_pos_embed, unpatchify
 
@@ -25,9 +25,10 @@ def visible(
     "The tokens that are not hidden"
     if mask.dtype!=torch.bool or mask.shape!=x.shape[:2]:
         raise ValueError(f"the mask must be bool of shape {tuple(x.shape[:2])}, True = hidden; got {mask.dtype} {tuple(mask.shape)}")
-    least,most = (~mask).sum(1).aminmax()
+    _,shown,counts = places(mask)
+    least,most = (mask.shape[1]-f(counts) for f in (max, min))
     if not 0<least==most: raise ValueError(f"each image must show the same number of patches, and at least one; this mask shows {least} to {most}: draw it with random_mask")
-    return x[~mask].unflatten(0, (len(x), -1))
+    return pick(x, shown).unflatten(0, (len(x), -1))
 
 # %% ../nbs/10_mae.ipynb #00000015
 def fill(
@@ -37,7 +38,8 @@ def fill(
 )->torch.Tensor:        # (B,L,D)
     "Visible tokens in their places, `token` in all others"
     if x.shape[1]==mask.shape[1]: return torch.where(mask[...,None], token.to(x.dtype), x)
-    return token.to(x.dtype).expand(*mask.shape, -1).masked_scatter(~mask[...,None], x)
+    blank = token.to(x.dtype).expand(*mask.shape, -1).flatten(0, 1)
+    return blank.index_copy(0, places(mask).shown, x.flatten(0, 1)).unflatten(0, mask.shape)
 
 # %% ../nbs/10_mae.ipynb #00000018
 class Decoder(nn.Module):
@@ -127,7 +129,7 @@ class MAE(MIM):
         patches = patchify(self.normalize(images), self.patch_size)
         return normalize_patches(patches)[0] if self.norm_pix else patches
 
-    def loss(self, pred, target, mask, z): return (pred-target)[mask].pow(2).mean()
+    def loss(self, pred, target, mask, z): return pick(pred-target, places(mask).hidden).pow(2).mean()
 
 # %% ../nbs/10_mae.ipynb #00000028
 decoder_names = [('decoder_pos_embed', None), ('mask_token', 'decoder.mask_token'), (r'decoder_embed\.(.*)', r'decoder.embed.\1'),

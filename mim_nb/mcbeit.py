@@ -10,7 +10,7 @@ import torch, torch.nn.functional as F
 from fastcore.meta import delegates
 from torch.utils.checkpoint import checkpoint
 from .beit import BEiT
-from .masks import random_mask
+from .masks import pick, places, random_mask
 
 # %% ../nbs/09_mcbeit.ipynb #00000014
 def refine(
@@ -33,7 +33,7 @@ def cross_entropies(
 )->torch.Tensor: # (hidden,L)
     "Cross-entropy of each prediction with the choices of every patch of its image"
     one = lambda q,t: q.logsumexp(-1, keepdim=True) - q @ (t/tau).softmax(-1).T     # -p·log q, as p sums to 1
-    pairs = zip(pred.split(mask.sum(1).tolist()), target.float())
+    pairs = zip(pred.split(places(mask).counts), target.float())
     return torch.cat([checkpoint(one, q, t, use_reentrant=False, preserve_rng_state=False) for q,t in pairs])
 
 # %% ../nbs/09_mcbeit.ipynb #00000022
@@ -66,9 +66,10 @@ class McBEiT(BEiT):
         if target.shape!=want: raise ValueError(f"the target must be the tokenizer's logits, of shape {want}, got {tuple(target.shape)}")
         with torch.autocast(z.device.type, enabled=False):
             f = F.normalize((z.detach() if self.detach else z)[:,1:].float(), dim=-1)
-            w = (f @ f.mT / self.tau_sim).softmax(-1)[mask]
+            hidden = places(mask).hidden
+            w = pick((f @ f.mT / self.tau_sim).softmax(-1), hidden)
             ce = cross_entropies(pred.float(), target, mask, self.tau)
-            own = ce.gather(1, mask.nonzero()[:,1:])[:,0]
+            own = ce.gather(1, hidden[:,None]%mask.shape[1])[:,0]
             return (self.omega*(w*ce).sum(1) + (1-self.omega)*own).mean()
 
     def logs(self, pred, target, mask): return super().logs(pred, target.argmax(-1), mask)

@@ -12,7 +12,7 @@ from timm.layers import Mlp
 from torch import nn
 from .attention import causal_block
 from .encoders import export_vit, sincos_vit, xavier_init
-from .masks import random_order
+from .masks import note, noted, random_order
 from .mim import MIM
 from .patches import denormalize_patches, normalize_patches, patchify, unpatchify
 
@@ -22,7 +22,8 @@ def by_turn(
     order:torch.Tensor, # long (B,L): `order[b,k]` is the patch revealed k-th
 )->torch.Tensor:        # (B,L,D): the row of the patch revealed first, then that of the second, …
     "Sort patches by their turns; with `order.argsort(1)` instead, sort them back"
-    return x.take_along_dim(order[...,None], 1)
+    rows = order + x.shape[1]*torch.arange(len(x), device=x.device)[:,None]
+    return x.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, rows.shape)
 
 # %% ../nbs/12_saim.ipynb #00000019
 def gaussian_kernel(
@@ -104,7 +105,7 @@ class SAIM(MIM):
 
     def sample_mask(self, n, generator=None):
         if self.order=='random': return random_order(n, self.num_patches, generator, self.device)
-        return torch.arange(self.num_patches, device=self.device).expand(n, -1)
+        return note(torch.arange(self.num_patches, device=self.device).expand(n, -1), 'an order')
 
     def encode(self, x, mask):
         self.check_order(mask, len(x))
@@ -149,7 +150,7 @@ def check_order(self:SAIM, order, n):
     want = (n, self.num_patches)
     if order.dtype!=torch.long or tuple(order.shape)!=want:
         raise ValueError(f"SAIM's mask is an order, long {want}: order[b,k] is the patch revealed k-th; got {order.dtype} {tuple(order.shape)}")
-    if not torch.equal(order.sort(1).values, torch.arange(want[1], device=order.device).expand(want)):
+    if not noted(order) and not torch.equal(order.sort(1).values, torch.arange(want[1], device=order.device).expand(want)):
         raise ValueError(f"an order must name each of the {want[1]} patches exactly once in every row: make it with random_order or torch.randperm")
 
 # %% ../nbs/12_saim.ipynb #00000039
