@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['plot_style', 'fashion_classes', 'fashion_dirs', 'show_images', 'ImageSet', 'steps_per_epoch', 'batch_indices',
-           'batches', 'to_square', 'LazySet', 'image_files', 'Strings', 'open_image', 'split_folders', 'Folder',
-           'cache_dir', 'read_idx', 'Clothes', 'load_data', 'load_like', 'sample']
+           'batches', 'to_square', 'LazySet', 'image_files', 'Strings', 'open_image', 'check_split', 'split_folders',
+           'Folder', 'cache_dir', 'read_idx', 'Clothes', 'load_data', 'load_like', 'sample']
 
 # %% ../nbs/00_data.ipynb #00000003
-import difflib, gzip, io, os, re, signal, warnings
+import difflib, gzip, io, os, re, signal, sys, warnings
 import numpy as np, torch, matplotlib.pyplot as plt
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
@@ -118,7 +118,7 @@ def _take(data, idx):
 
 def _load(data, workers, device, **how):
     loader = DataLoader(data, num_workers=workers, worker_init_fn=_start_worker, pin_memory=torch.device(device).type=='cuda',
-                        generator=torch.Generator(), **how)
+                        multiprocessing_context='fork' if workers and sys.platform=='linux' else None, generator=torch.Generator(), **how)
     try: yield from loader
     except (RuntimeError, OSError) as e:
         if not re.search('bus error|no space left|shared memory|/dev/shm', f'{e} {e.__cause__} {e.__context__}', re.I): raise
@@ -220,9 +220,12 @@ def open_image(raw,    # a file's bytes
     im.filename = name
     return im
 
+def check_split(split):
+    if split not in _splits: raise ValueError(f'split is one of {", ".join(_splits)}, not {split!r}')
+
 def split_folders(root, split):
     "The folder that has a split, and all folders that have one"
-    if split not in _splits: raise ValueError(f'split is one of {", ".join(_splits)}, not {split!r}')
+    check_split(split)
     root = Path(root).expanduser()
     other = [root/o for o in (split, *_splits[1:]) if o!='train' and (root/o).is_dir()][:1]
     bases = [root/'train', *other] if (root/'train').is_dir() else [root]
@@ -271,7 +274,7 @@ class Clothes:
     "Fashion-MNIST, the subset that is shipped or all of it; `[i]` is `(PIL image, label)`"
     classes = fashion_classes
     def __init__(self, split='train', full=False, root=None):
-        if split not in _splits: raise ValueError(f'split is one of {", ".join(_splits)}, not {split!r}')
+        check_split(split)
         train,z = split=='train',files('mim_nb')/'fashion_mnist'/'fashion_mnist.npz'
         if full: self.images,self.labels = _full('train' if train else 't10k', root)
         else: self.images,self.labels = [np.load(z, allow_pickle=False)[f'{"train" if train else "test"}_{o}'] for o in ('images','labels')]
@@ -283,23 +286,38 @@ _packages = dict(torch='torchvision', hfds='datasets', hfids='datasets', tfds='t
 _torch_names = [f'torch/{o}' for o in 'cifar10 cifar100 mnist kmnist qmnist fashion_mnist imagenet inaturalist places365 image_folder'.split()]
 
 def _timm_source(name, split, root):
-    root,package = Path(root or cache_dir()),_packages[name.split('/')[0]]
+    kind,_,rest = name.partition('/')
+    package,root = _packages[kind],str(root or (rest if kind=='wds' else cache_dir()))
     if not find_spec(package): raise ImportError(f'{name} needs a package that is not installed: pip install {package.replace("_","-")}')
-    if name.startswith('torch/') and split=='test' and not (root/'test').is_dir(): split = 'validation'
-    try: return create_dataset(name, root=str(root), split=split, download=True)
-    except AssertionError: raise _unknown(name) from None
-    except Exception as e: raise FileNotFoundError(f'{name} is not in {root} and could not be fetched ({e}): '
-        'put it there, or name the folder that has it with root') from e
+    if kind=='torch' and split=='test' and not (Path(root)/'test').is_dir(): split = 'validation'
+    error = None
+    for s in (split, 'validation') if split=='test' else (split,):        # many sets call it so
+        try: return _described(create_dataset(name, root=root, split=s, download=kind!='hfids'))
+        except AssertionError: raise _unknown(name) from None
+        except Exception as e: error = error or e
+    raise FileNotFoundError(f'{name} is not in {root} and could not be fetched ({error}): '
+        'put it there, or name the folder that has it with root') from error
+
+def _described(source):
+    "The set with labels and classes where a `LazySet` looks for them, and not split over processes, which `batches` does"
+    reader = getattr(source, 'reader', None)
+    if hasattr(reader, 'dist_rank'): reader.dist_rank,reader.dist_num_replicas = 0,1
+    if getattr(reader, 'class_to_idx', None): source.classes = list(reader.class_to_idx)
+    if hasattr(reader, 'dataset'): source.labels = list(reader.dataset[reader.label_key])
+    return source
 
 def _unknown(name):
     near = difflib.get_close_matches(name, ['fashion_mnist', 'fashion_mnist_full', *_torch_names], 3, .5)
     return ValueError(f'There is no data called {name!r}' + (f' (did you mean {" or ".join(near)}?)' if near else '') +
-        ': it is fashion_mnist, fashion_mnist_full, a folder of images, or a name that timm.data.create_dataset knows, such as torch/cifar10')
+        ': it is fashion_mnist, fashion_mnist_full, a folder of images or of tar files, a range of these such as shards/{000..127}.tar, '
+        'or a name that timm.data.create_dataset knows, such as torch/cifar10')
 
 def _source(name, split, root):
     "A sequence of `(PIL image, label)` for a name"
+    from mim_nb.shards import Shards, is_shards         # they come later in the course
     if name in ('fashion_mnist', 'fashion_mnist_full'): return Clothes(split, name=='fashion_mnist_full', root)
     path,name = Path(name).expanduser(),str(name)
+    if is_shards(name): return Shards(name, split)
     if path.is_dir(): return Folder(path, split)
     if '/' in name and name.split('/')[0] in _packages: return _timm_source(name, split, root)
     raise FileNotFoundError(f'There is no folder {name}') if name[:1] in './~' else _unknown(name)
@@ -314,23 +332,26 @@ def _like_first(source, img_size, in_chans):
     return img_size or 224, in_chans or 3
 
 def _from_stream(source, name, img_size, in_chans, max_bytes):
+    from mim_nb.shards import StreamSet
     images,labels = [],[]
     for im,y in source:
-        if not images: img_size,in_chans = _like_first([(im,y)], img_size, in_chans)
+        if not images:
+            img_size,in_chans = _like_first([(im,y)], img_size, in_chans)
+            if hasattr(source, '__len__') and len(source)*in_chans*img_size**2>max_bytes: return StreamSet(source, img_size, in_chans, name)
         images.append(to_square(im, img_size, in_chans)); labels.append(-1 if y is None else int(y))
-        if len(images)*images[0].numel()>max_bytes: raise ValueError(f'{name} is a stream and larger than max_bytes={max_bytes}: '
-            'raise max_bytes, lower img_size, or write its images to a folder')
+        if len(images)*images[0].numel()>max_bytes: raise ValueError(f'{name} is a stream of unknown length and larger than max_bytes={max_bytes}: '
+            'raise max_bytes, lower img_size, or write its images to tar files with write_shards')
     if not images: raise ValueError(f'{name} has no images')
-    return ImageSet(torch.stack(images), labels if max(labels)>=0 else None, name=name)
+    return ImageSet(torch.stack(images), labels if max(labels)>=0 else None, getattr(source, 'classes', ()), name)
 
-def load_data(name='fashion_mnist',   # `fashion_mnist`, `fashion_mnist_full`, a folder, or a name of `timm.data.create_dataset`
+def load_data(name='fashion_mnist',   # `fashion_mnist`, `fashion_mnist_full`, a folder, tar files, or a name of `timm.data.create_dataset`
               split='train',          # `train` or `test`
               img_size=None,          # S, pixels; None: as the first image, but at most 224
               in_chans=None,          # 1 (grey) or 3 (colour); None: as the first image
               root=None,              # where the original files lie, or go when they are downloaded
               max_bytes=2*2**30,      # a set larger than this is not held in memory
               workers=4):             # threads that decode
-    "An `ImageSet`, or a `LazySet` if that would take more than `max_bytes`"
+    "An `ImageSet`, or if that would take more than `max_bytes` a `LazySet`, or a `StreamSet` for what can only be read from its beginning"
     if in_chans not in (None,1,3): raise ValueError(f'in_chans is 1 (grey) or 3 (colour), not {in_chans!r}')
     source = _source(name, split, root)
     if isinstance(source, IterableDataset): return _from_stream(source, name, img_size, in_chans, max_bytes)
@@ -350,6 +371,6 @@ def load_like(name,          # as for `load_data`
 
 def sample(data,  # an `ImageSet` or a `LazySet`
            n):    # how many images at most
-    "An `ImageSet` of at most `n` images, evenly spaced"
-    if len(data)>n: data = data.take(torch.linspace(0, len(data)-1, n).long())
+    "An `ImageSet` of at most `n` images, evenly spaced; of a stream the first ones"
+    if len(data)>n: data = data.take(torch.arange(n) if hasattr(data, 'forward') else torch.linspace(0, len(data)-1, n).long())
     return data if isinstance(data, ImageSet) else data.load()
