@@ -1,5 +1,5 @@
 "The playground's JavaScript draws the masks of the library; the glossary and the pages on papers name what exists; thumbnails"
-import json, re, shutil, subprocess
+import importlib, json, re, shutil, subprocess
 from pathlib import Path
 import pytest, torch
 from mim_nb.masks import block_mask, random_mask
@@ -51,3 +51,34 @@ def test_every_choice_of_the_page_can_be_drawn():
         for (const method of ['blocks', 'random', 'cells', 'order']) said[method] = p.draw({method, grid: 7, ratio: 50, block: 4, aspect: .3, turns: 16}, 3).text
         return said""")
     assert text['random'].startswith('25 of 49') and text['cells'].startswith('24 of 49') and text['order'].startswith('33 of 49') and 'blocks' in text['blocks']
+
+def markdown(name): return '\n'.join(''.join(c['source']) for c in json.loads((ROOT/'nbs'/f'{name}.ipynb').read_text())['cells'] if c['cell_type']=='markdown')
+
+ENTRIES = [e.split('\n', 1) for e in re.split(r'^### ', markdown('21_glossary'), flags=re.M)[1:]]
+
+# steps and arguments of the methods, which are no exported names of their own
+ARGUMENTS = {'mask', 'mask_ratio', 'norm_pix', 'drop_path', 'forward', 'encode', 'decode', 'target'}
+
+def exists(symbol):
+    "Is `Class.member` or `function` exported by one of the modules, or a command?"
+    modules = [importlib.import_module(f'mim_nb.{p.stem}') for p in sorted((ROOT/'mim_nb').glob('[a-z]*.py'))]
+    name,*members = symbol.split('.')
+    found = [getattr(m, name) for m in modules if name in getattr(m, '__all__', ())]
+    return bool(found) and all(hasattr(found[0], o) for o in members)
+
+def test_glossary_is_alphabetical():
+    terms = [t for t,_ in ENTRIES]
+    assert terms==sorted(terms, key=str.casefold) and len(set(terms))==len(terms)>=50
+
+def test_glossary_says_where():
+    here = {t: body.partition('*Here:*')[2] for t,body in ENTRIES}
+    assert [t for t,h in here.items() if not re.search(r'\]\([\w]+\.ipynb\)|`\w', h)]==[]
+    symbols = {s for h in here.values() for s in re.findall(r'`([\w.]+)`', h)} - ARGUMENTS
+    assert sorted(s for s in symbols if not exists(s))==[]
+
+PAGES = ['index', '21_glossary', '02b_playground', *sorted(p.stem for p in (ROOT/'nbs').glob('20*_paper.ipynb'))]
+
+@pytest.mark.parametrize('name', PAGES)
+def test_links_between_notebooks_lead_somewhere(name):
+    links = re.findall(r'\]\(([\w/.-]+\.ipynb)', markdown(name))
+    assert links and [l for l in links if not (ROOT/'nbs'/l).exists()]==[]

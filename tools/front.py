@@ -3,13 +3,21 @@
     OMP_NUM_THREADS=1 python tools/front.py train     # about five minutes a method, into runs/front
     python tools/front.py                             # results/front.npz from these runs
 """
-import sys
+import json, sys
 from pathlib import Path
-from mim_nb.pretrain import pretrain, settings
+import numpy as np, torch
+from mim_nb.data import fashion_classes, load_data
+from mim_nb.patches import patchify, unpatchify
+from mim_nb.pretrain import machine, pretrain, settings
+from mim_nb.visualize import Run
 
 ROOT = Path(__file__).parents[1]
 RUNS = ROOT/'runs'/'front'
 EPOCHS = dict(mae=15, deepmim=11, beit=8, mcbeit=7, saim=7, mixmim=5)      # about five minutes each on one thread
+NAMES = ['beit', 'mcbeit', 'mae', 'deepmim', 'saim', 'mixmim']
+ROWS = ['what is hidden', 'what the encoder sees', 'what is predicted']
+BLUE,ORANGE = (torch.tensor(c)/255 for c in ((0,114,178), (230,159,0)))
+MASK_SEED = 0
 
 def train(runs=RUNS):
     "Pretrain all methods on the shipped clothes, those that predict pixels on plain ones; runs that are there stay"
@@ -19,5 +27,42 @@ def train(runs=RUNS):
         tokenizer = runs/'beit'/'tokenizer' if name=='mcbeit' else None
         pretrain(runs/name, config, resume=(runs/name/'config.json').exists(), device='cpu', tokenizer=tokenizer)
 
-if __name__=='__main__':
-    if sys.argv[1:]==['train']: train()
+def pick(kind, i):
+    "The i-th test image of a class, (1,28,28), float in [0,1]"
+    clothes = load_data('fashion_mnist', 'test')
+    return clothes.images[(clothes.labels==fashion_classes.index(kind)).nonzero()[i].item()].float()/255
+
+def over(m, share, image, colour=BLUE):
+    "An image (1,H,W) in colour, a share (L,) of each patch being `colour`"
+    p = patchify(image.expand(3, -1, -1)[None], m.patch_size).unflatten(-1, (-1, 3))
+    s = share.float()[None,:,None,None]
+    return unpatchify(((1-s)*p + s*colour).flatten(2), m.patch_size)[0]
+
+def only(m, visible, image):
+    "An image (1,H,W) with an alpha channel, patches that are not visible (L,) being clear"
+    alpha = unpatchify(visible.float()[None,:,None].expand(-1, -1, m.patch_size[0]*m.patch_size[1]), m.patch_size)[0]
+    return torch.cat([image.expand(3, -1, -1), alpha])
+
+def rows(m, name, pair, seed):
+    "What is hidden of the first image, what the encoder sees, and what is predicted"
+    image,mask = pair[0],m.sample_mask(2, torch.Generator().manual_seed(seed))
+    predicted,mine = m.reconstruct(pair, mask)[0],mask[0]
+    if name=='saim':
+        turn = mine.argsort()/m.num_patches
+        return over(m, turn, image), only(m, turn<1/3, image), predicted
+    if name=='mixmim': return over(m, .6*mask, image, ORANGE), over(m, .35*mask, m.mix(pair, mask)[0], ORANGE), predicted
+    return over(m, .6*mine, image), over(m, mine, image) if 'beit' in name else only(m, ~mine, image), predicted
+
+def rgba(image):
+    "uint8 (4,H,W) of an image with 1, 3 or 4 channels"
+    image = image.detach().expand(3, -1, -1) if len(image)==1 else image.detach()
+    image = image if len(image)==4 else torch.cat([image, torch.ones_like(image[:1])])
+    return (image.clamp(0, 1)*255).round().byte().numpy()
+
+def main(out=ROOT/'results'/'front.npz', runs=RUNS, seed=MASK_SEED):
+    pair = torch.stack([pick('Ankle boot', 8), pick('Bag', 6)])
+    panels = {n: np.stack([rgba(p) for p in rows(Run(runs/n, 'cpu').method, n, pair, seed)]) for n in NAMES}
+    about = dict(command='OMP_NUM_THREADS=1 python tools/front.py train; python tools/front.py', epochs=EPOCHS, seed=0, mask_seed=seed, machine=machine(torch.device('cpu')))
+    np.savez_compressed(out, **panels, picture=rgba(pair[0]), partner=rgba(pair[1]), names=NAMES, rows=ROWS, about=json.dumps(about))
+
+if __name__=='__main__': train() if sys.argv[1:]==['train'] else main()
