@@ -19,7 +19,7 @@ from mim_nb.train import get_device, read_log, write_json
 
 # epochs of pretraining, the recipe of fine-tuning, and its epochs by the share of the labels
 budgets = dict(tiny =dict(data='fashion_mnist',      epochs=4,  recipe='tiny',  finetune={'1': 3,  '.1': 15, '.01': 40}),
-               small=dict(data='fashion_mnist_full', epochs=20, recipe='small', finetune={'1': 10, '.1': 30, '.01': 100}))
+               small=dict(data='fashion_mnist_full', epochs=20, recipe='small', finetune={'1': 10, '.1': 60, '.01': 300}))
 scratch = 'scratch'       # no method: the ViT that all but MixMIM use, and supervised training alone
 
 def gflops(f):
