@@ -39,7 +39,7 @@ def fill(
     "Visible tokens in their places, `token` in all others"
     if x.shape[1]==mask.shape[1]: return torch.where(mask[...,None], token.to(x.dtype), x)
     blank = token.to(x.dtype).expand(*mask.shape, -1).flatten(0, 1)
-    return blank.index_copy(0, places(mask).shown, x.flatten(0, 1)).unflatten(0, mask.shape)
+    return torch.index_copy(blank, 0, places(mask).shown, x.flatten(0, 1)).unflatten(0, mask.shape)
 
 # %% ../nbs/10_mae.ipynb #00000018
 class Decoder(nn.Module):
