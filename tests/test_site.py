@@ -1,7 +1,6 @@
 "The website builds without Quarto, its links lead somewhere, and its pages need nothing from elsewhere"
-import os, re, shutil, subprocess, sys
+import json, re, sys
 from pathlib import Path
-import pytest
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT/'tools'))
@@ -10,19 +9,6 @@ from linkcheck import check
 CHAPTERS = sorted(p.stem for p in (ROOT/'nbs').glob('*.ipynb'))
 
 def page(stem): return re.sub(r'^\d+[a-zA-Z0-9]*_', '', stem)
-
-@pytest.fixture(scope='module')
-def site(tmp_path_factory):
-    "The built site"
-    if not shutil.which('npm') and not (ROOT/'nbs'/'katex'/'katex.min.js').exists(): pytest.skip('the site needs KaTeX, and there is no npm to fetch it with')
-    copy = tmp_path_factory.mktemp('site')
-    for o in ('nbs', 'mim_nb', 'tools'): shutil.copytree(ROOT/o, copy/o, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints', 'runs'))
-    shutil.copy(ROOT/'settings.ini', copy)
-    r = subprocess.run([sys.executable, 'tools/site.py'], cwd=copy, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300,
-                       env=os.environ | dict(PYTHONPATH=str(copy), MPLBACKEND='agg'))
-    if 'npm pack' in r.stderr: pytest.skip(r.stderr.strip().splitlines()[-1])
-    if r.returncode: pytest.fail('tools/site.py failed:\n' + r.stderr[-1500:], pytrace=False)
-    return copy/'_docs'
 
 def test_every_notebook_has_a_page(site):
     assert [s for s in CHAPTERS if not (site/f'{page(s)}.html').exists()]==[]
@@ -36,11 +22,23 @@ def test_sidebar_is_in_reading_order(site):
     nav = html[html.index('id="quarto-sidebar"'):html.index('<main')]
     there = [Path(h).stem for h in re.findall(r'href="([\w.-]+\.html)"', nav)]
     assert there==['index'] + [page(s) for s in CHAPTERS if s!='index']
+    parts = re.findall('<span class="sidebar-part">(.*?)</span>', nav)
+    assert parts[:4]==['Ground', 'Methods', 'What they learn', 'At scale']
 
 def test_exported_code_is_part_of_the_text(site):
     words = re.sub(r'<[^>]+>', '', (site/'masks.html').read_text())
     for name in ('def block_mask(', 'def _draw_boxes('): assert name in words
     assert 'id="block_mask"' in (site/'masks.html').read_text()
+
+def test_headings_leave_no_level_out(site):
+    for p in site.glob('*.html'):
+        levels = [1] + [int(h) for h in re.findall(r'<h([1-6])[ >]', p.read_text().partition('</header>')[2])]
+        assert all(b<=a+1 for a,b in zip(levels, levels[1:])), p.name
+
+def test_search_index_has_every_page_and_symbol(site):
+    there = {e['href'] for e in json.loads((site/'search.json').read_text())}
+    assert {h.partition('#')[0] for h in there} >= {f'{page(s)}.html' for s in CHAPTERS if s!='index'}
+    assert {'masks.html#block_mask', 'checkpoints.html#load_official', 'patches.html#patchify'} <= there
 
 def test_stylesheets_load_nothing_from_outside(site):
     urls = [u for css in site.rglob('*.css') for u in re.findall(r'(?:@import|url\()\s*["\']?(https?://[^"\')\s]+)', css.read_text())]
