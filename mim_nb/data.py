@@ -8,7 +8,7 @@ __all__ = ['plot_style', 'fashion_classes', 'fashion_dirs', 'show_images', 'Imag
            'Folder', 'cache_dir', 'read_idx', 'Clothes', 'load_data', 'load_like', 'sample']
 
 # %% ../nbs/00_data.ipynb #00000003
-import difflib, gzip, io, os, re, signal, sys, warnings
+import difflib, gzip, io, os, re, signal, sys, threading, warnings
 import numpy as np, torch, matplotlib.pyplot as plt
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
@@ -127,7 +127,14 @@ def _load(data, workers, device, **how):
 
 def _start_worker(_):
     torch.set_num_threads(1)
-    for s in {'SIGINT', 'SIGTERM', 'SIGUSR1'} & set(dir(signal)): signal.signal(getattr(signal, s), signal.SIG_IGN)
+    for s in {'SIGINT', 'SIGUSR1'} & set(dir(signal)): signal.signal(getattr(signal, s), signal.SIG_IGN)
+    if not hasattr(signal, 'sigwaitinfo'): return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_await_owner, daemon=True).start()
+
+def _await_owner():
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid!=os.getppid(): pass       # only who started a worker may end it so
+    os._exit(0)
 
 # %% ../nbs/00_data.ipynb #00000023
 _grey_modes = {'1', 'L', 'LA', 'La', 'F', 'I', 'I;16', 'I;16L', 'I;16B', 'I;16N'}

@@ -187,6 +187,7 @@ class StreamSet:
     def _missing(self, item, why):
         if item is None: raise ValueError(f'{self.name}: the first image could not be read: {why}')
         warnings.warn(f'{self.name}: an image is missing, the one before stands in: {why}')
+    def load(self, workers=0): return self.take(slice(None))
     def forward(self, *which):
         "What `batches` reads, here or in a process"
         return _Forward(self, which)
@@ -208,7 +209,7 @@ class _Forward(IterableDataset):
             x,y = zip(*(held.pop(i) for i in o.tolist()))
             yield torch.stack(x), torch.tensor(y)
 
-# %% ../nbs/00c_shards.ipynb #0000003d
+# %% ../nbs/00c_shards.ipynb #0000003e
 def loading_speed(data,          # what `batches` takes
                   batch_size=64, # images
                   workers=0,     # processes that decode
