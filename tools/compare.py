@@ -18,9 +18,10 @@ from mim_nb.pretrain import get_tokenizer, machine, pretrain, settings
 from mim_nb.train import get_device, read_log, write_json
 
 # epochs of pretraining, the recipe of fine-tuning, and its epochs by the share of the labels
-budgets = dict(tiny =dict(data='fashion_mnist',      epochs=4,  recipe='tiny',  finetune={'1': 3,  '.1': 15, '.01': 40}),
+budgets = dict(tiny =dict(data='fashion_mnist',      epochs=4,  recipe='tiny',  finetune={'1': 2,  '.1': 10, '.01': 30}),
                small=dict(data='fashion_mnist_full', epochs=20, recipe='small', finetune={'1': 10, '.1': 60, '.01': 300}))
-scratch = 'scratch'       # no method: the ViT that all but MixMIM use, and supervised training alone
+# no method: supervised training alone of the encoder that MAE, DeepMIM and SAIM share, of BEiT's and mc-BEiT's, and of MixMIM's
+scratch = {'scratch': 'mae', 'scratch_beit': 'beit', 'scratch_mixmim': 'mixmim'}
 
 def gflops(f):
     "What a call computes, in 10⁹ floating point operations"
@@ -51,23 +52,24 @@ def examined(m, train, test, seed):
 
 def one(name, seed, budget, out, device):
     "Pretrain one method, if that is not done, and examine it; or train from scratch"
-    b,folder,lap = budgets[budget],out/f'{name}_{seed}',[time.process_time()]
+    b,folder,start = budgets[budget],out/f'{name}_{seed}',time.process_time()
     train,test = (load_data(b['data'], s) for s in ('train','test'))
     torch.manual_seed(seed)
-    if name==scratch:
+    if name in scratch:
         folder.mkdir(parents=True, exist_ok=True)
-        row = trained(create('mae', budget), train, test, b, seed, device)
+        row,spent = trained(create(scratch[name], budget), train, test, b, seed, device),[]
     else:
         config = settings(name, budget, recipe=dict(epochs=b['epochs']), data=b['data'], seed=seed)
         has_tokenizer = hasattr(methods[name], 'set_tokenizer')
-        begun = (folder/'config.json').exists()
-        if not (folder/'metrics.json').exists(): pretrain(folder, config, resume=begun, device=device, tokenizer=out/f'tokenizer_{seed}' if has_tokenizer else None)
+        begun,done = (folder/'config.json').exists(),folder/'processor_seconds.json'
+        if not (folder/'metrics.json').exists():
+            pretrain(folder, config, resume=begun, device=device, tokenizer=out/f'tokenizer_{seed}' if has_tokenizer else None)
+            write_json(done, time.process_time()-start)
+        spent,start = [json.loads(done.read_text())],time.process_time()
         encoder,metrics = load_encoder(folder).to(get_device(device)),json.loads((folder/'metrics.json').read_text())
-        lap.append(time.process_time())
         row = dict(before=metrics['before'], **examined(encoder, train, test, seed), **cost(name, budget), **trained(encoder, train, test, b, seed, device),
                    loss=[[r['epoch'], round(r['loss'], 4)] for r in read_log(folder)])
-    lap.append(time.process_time())
-    write_json(folder/'compare.json', dict(method=name, seed=seed, **row, processor_seconds=[round(b-a) for a,b in zip(lap, lap[1:])]))
+    write_json(folder/'compare.json', dict(method=name, seed=seed, **row, processor_seconds=[*spent, time.process_time()-start]))
 
 def tokenizer(seed, budget, out, device):
     "The dVAE that BEiT and mc-BEiT share"
@@ -78,7 +80,7 @@ def tokenizer(seed, budget, out, device):
 def main(
     budget:str='tiny',       # tiny or small: a preset of all methods, and what is spent on it
     seeds:str='0,1,2',       # separated by commas
-    names:str=None,          # methods, separated by commas; default: all, and scratch
+    names:str=None,          # methods, separated by commas; default: all, and all from scratch
     out:str='runs/compare',  # where runs go
     jobs:int=2,              # processes at a time, of one thread each
     device:str='auto',       # auto, cpu, cuda
@@ -89,7 +91,7 @@ def main(
     if only:
         name,seed = only.split(':')
         return tokenizer(int(seed), budget, out, device) if name=='tokenizer' else one(name, int(seed), budget, out, device)
-    seeds,names,start = [int(s) for s in seeds.split(',')],names.split(',') if names else [*methods, scratch],time.time()
+    seeds,names,start = [int(s) for s in seeds.split(',')],names.split(',') if names else [*methods, *scratch],time.time()
     files = {f'tokenizer:{s}': out/f'tokenizer_{s}'/'config.json' for s in seeds}
     results = {f'{n}:{s}': out/f'{n}_{s}'/'compare.json' for s in seeds for n in names}
     def run(task):
