@@ -70,14 +70,14 @@ def read_headers(path):
                 f.seek(t.offset); whole = f.read(512)==bytes(512)
         except tarfile.TarError as e: raise ValueError(f'{path} is cut off, or not a tar file ({e}): copy or make it again') from e
     if not whole: raise ValueError(f'{path} is cut off after {len(images)} images: copy or make it again')
-    rows = [(*images[k], labels.get(k, os.path.basename(os.path.dirname(k)))) for k in images]
+    rows = [(*images[k], labels.get(k, os.fsencode(os.path.basename(os.path.dirname(k))))) for k in images]
     name,start,size,label = zip(*rows) if rows else ([],)*4
     return dict(name=np.array(name, 'S'), start=np.array(start, np.int64), size=np.array(size, np.int64), label=np.array(label, 'S'))
 
 def _note(t, m, images, labels):
     folder,file = os.path.split(m.name); key,_,kind = file.partition('.'); key = os.path.join(folder, key)
     if not m.isfile() or not key or file[0]=='.': return
-    if f'.{kind.lower()}'.endswith(_exts): images.setdefault(key, (m.name.encode(), m.offset_data, m.size))
+    if f'.{kind.lower()}'.endswith(_exts): images.setdefault(key, (os.fsencode(m.name), m.offset_data, m.size))
     elif kind=='cls': labels[key] = t.extractfile(m).read().strip()
     elif kind=='json' and 'label' in (told := json.loads(t.extractfile(m).read())): labels.setdefault(key, str(told['label']).encode())
 
@@ -120,9 +120,9 @@ def _groups(name, split):
 # %% ../nbs/00c_shards.ipynb #0000001e
 def _number(texts):
     "Labels as numbers, and what these mean: texts that are not numbers are names"
-    names,which = np.unique(texts, return_inverse=True); names = [o.decode() for o in names]
+    names,which = np.unique(texts, return_inverse=True); names = [os.fsdecode(o) for o in names]
     if len(names)<2: return None,[]
-    numbers,classes = all(re.fullmatch(r'-?\d*', o) for o in names),[o for o in names if o]
+    numbers,classes = all(re.fullmatch(r'(-?\d+)?', o) for o in names),[o for o in names if o]
     return np.array([-1 if not o else int(o) if numbers else classes.index(o) for o in names])[which],[] if numbers else classes
 
 class Shards:
@@ -153,7 +153,7 @@ class Shards:
     def __getitem__(self, i):
         path = self.files[self.shard[i]]
         with open(path, 'rb') as f: f.seek(self.start[i]); raw = f.read(self.size[i])
-        return open_image(raw, f'{self.names[i].decode()} in {path}'), -1 if self.labels is None else int(self.labels[i])
+        return open_image(raw, f'{os.fsdecode(self.names[i])} in {path}'), -1 if self.labels is None else int(self.labels[i])
 
 # %% ../nbs/00c_shards.ipynb #0000002f
 class StreamSet:

@@ -85,6 +85,9 @@ def test_labels(tmp_path, kind):
     assert s.classes==['cat','dog','x'] and s.labels.tolist()==[0,1,0] and s[1][1]==1
     assert LazySet(s, 8).labels.tolist()==[0,1,0]
 
+@pytest.mark.parametrize('kind', ['json', 'folder'])
+def test_names_in_other_alphabets(tmp_path, kind): assert labels(tmp_path, kind, ['ä', 'Ж/Ж'[:1], os.fsdecode(b'\xff') if kind=='folder' else 'z', 'ä']).classes[-2:]==['ä', 'Ж']
+
 def test_numbers_need_names_beside_them(tmp_path):
     assert labels(tmp_path, 'cls', [0, 10, 2]).classes==[]
     (tmp_path/'t'/'classnames.txt').write_text('\n'.join('abcdefghijk'))
@@ -229,6 +232,15 @@ def test_load_data_streams(monkeypatch):
     small,large = load_data('wds/x', img_size=8),load_data('wds/x', img_size=8, max_bytes=100)
     assert isinstance(small, ImageSet) and isinstance(large, StreamSet) and small.classes==large.classes==['a','b']
     x,y = next(batches(large, 30, workers=1)); order = next(batch_indices(30, 30, near=2000)); assert (x==small.images[order]).all()
+
+def test_readers_do_not_divide(monkeypatch):
+    "timm's would, between the processes of a job; `batches` does"
+    class Reader: dist_rank,dist_num_replicas,class_to_idx = 1,2,dict(a=0)
+    class Source(torch.utils.data.IterableDataset):
+        reader = Reader()
+        def __iter__(self): return ((noise(i), 0) for i in range(self.reader.dist_rank, 6, self.reader.dist_num_replicas))
+    monkeypatch.setattr(data, 'create_dataset', lambda *a, **k: Source()); monkeypatch.setattr(data, 'find_spec', lambda o: True)
+    d = load_data('tfds/x'); assert len(d)==6 and d.classes==['a']
 
 @pytest.mark.parametrize('name,package', [('wds/x','webdataset'), ('hfds/x','datasets'), ('hfids/x','datasets'), ('tfds/x','tensorflow-datasets')])
 def test_missing_packages(monkeypatch, name, package):
