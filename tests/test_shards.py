@@ -86,7 +86,7 @@ def test_labels(tmp_path, kind):
     assert LazySet(s, 8).labels.tolist()==[0,1,0]
 
 @pytest.mark.parametrize('kind', ['json', 'folder'])
-def test_names_in_other_alphabets(tmp_path, kind): assert labels(tmp_path, kind, ['ä', 'Ж/Ж'[:1], os.fsdecode(b'\xff') if kind=='folder' else 'z', 'ä']).classes[-2:]==['ä', 'Ж']
+def test_names_in_other_alphabets(tmp_path, kind): assert labels(tmp_path, kind, ['x', 'ä', 'Ж', 'ä']).classes==['x','ä','Ж']      # sorted by their bytes
 
 def test_numbers_need_names_beside_them(tmp_path):
     assert labels(tmp_path, 'cls', [0, 10, 2]).classes==[]
