@@ -245,7 +245,8 @@ class Folder:
         paths = [o for i,o in enumerate(image_files(base)) if len(bases)>1 or (i%10==0)!=(split=='train')]
         if not paths: raise ValueError(f'{base} has no images for the split {split!r}: files that end in {" ".join(_exts)} are looked for')
         self.paths = Strings(paths)
-        tops = [o[len(os.path.join(base, '')):].partition(os.sep) for o in paths]
+        inside = len(os.path.join(base, ''))
+        tops = [o[inside:].partition(os.sep) for o in paths]
         names = sorted({o.name for b in bases for o in b.iterdir() if o.is_dir() and o.name[0]!='.'})
         self.classes,number = names if all(o[1] for o in tops) else [],{o:i for i,o in enumerate(names)}
         self.labels = [number[o[0]] for o in tops] if self.classes else None

@@ -205,7 +205,8 @@ class _Forward(IterableDataset):
         held = {}
         items = self.data.read(torch.cat(idxs).tolist())
         for o in idxs:
-            while not all(i in held for i in o.tolist()): held.update([next(items)])
+            for i in o.tolist():
+                while i not in held: held.update([next(items)])
             x,y = zip(*(held.pop(i) for i in o.tolist()))
             yield torch.stack(x), torch.tensor(y)
 
