@@ -59,7 +59,7 @@ def random_boxes(rand,              # `rand(k)` gives uniform numbers in [0,1), 
 # %% ../nbs/00b_augment.ipynb #00000022
 def _to_grey(x):
     "`(B,1,H,W)`, by torchvision's weights for red, green and blue"
-    return (x*x.new_tensor([.2989,.587,.114])[:,None,None]).sum(1, keepdim=True) if x.shape[1]==3 else x.mean(1, keepdim=True)
+    return .2989*x[:,:1] + .587*x[:,1:2] + .114*x[:,2:] if x.shape[1]==3 else x.mean(1, keepdim=True)
 
 def blend(x,        # `(B,C,H,W)` float in [0,1]
           kind,     # for each image 0 brightness, 1 contrast or 2 saturation, `(B,)`
@@ -74,8 +74,8 @@ def color_jitter(x,        # `(B,C,H,W)` float in [0,1]
                  rand,     # `rand(k)` gives uniform numbers in [0,1), `(B,k)`
                  jitter):  # three numbers: how far from 1 the factors may be
     "Brightness, contrast and saturation changed by factors within 1 ± `jitter`, in each image's own order"
-    j = x.new_tensor(jitter)
-    lo = (1-j).clamp(min=0); factor = lo + (1+j-lo)*rand(3)
+    j = torch.tensor(jitter, dtype=torch.float32); lo = (1-j).clamp(min=0)      # plain numbers: sending a tensor to a device means waiting for it
+    factor = torch.stack([a+b*u for a,b,u in zip(lo.tolist(), (1+j-lo).tolist(), rand(3).unbind(1))], 1)
     for kind in rand(3).argsort(1).unbind(1): x = blend(x, kind, factor.gather(1, kind[:,None]))
     return x
 
