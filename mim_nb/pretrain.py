@@ -7,7 +7,7 @@ __all__ = ['tokenizer_recipe', 'min_steps', 'mim_pretrain_cli', 'settings', 'ope
            'save_pictures', 'machine', 'pretrain', 'mim_pretrain']
 
 # %% ../nbs/17_pretrain.ipynb #00000003
-import json, platform, statistics, sys, time
+import json, os, platform, statistics, sys, time
 from inspect import signature
 import timm, torch
 from pathlib import Path
@@ -17,6 +17,7 @@ from .cli import command
 from .data import load_like, sample, steps_per_epoch
 from .evaluate import evaluate
 from .methods import get_method, nearest
+from .ranks import in_turn, on_first, ranks, slices, together
 from .tokenizers import DVAE, load_tokenizer, perplexity, save_tokenizer, usage
 from .train import fit, get_device, write_json
 from .visualize import save_figure, show_pictures
@@ -27,6 +28,7 @@ def settings(
     preset='tiny',   # a key of the method's `presets`
     model={},        # constructor arguments that override the preset's; None values are ignored
     recipe={},       # training settings that override the recipe's; None values are ignored
+    scale=None,      # of the learning rate with the batch, where that is not the recipe's: 'linear', 'sqrt' or None, not at all
     **run,           # what else describes the run, such as data and seed
 )->dict:             # everything needed to run again
     "Preset, recipe and command line as one dict of plain values"
@@ -35,6 +37,8 @@ def settings(
     model,recipe = [{**d[preset], **{k: v for k,v in o.items() if v is not None}} for d,o in ((cls.presets, model), (cls.recipes, recipe))]
     unknown = [k for k in model if k not in signature(cls).parameters]
     if unknown: raise ValueError(f"{method} has no setting {unknown[0]!r}: leave it out, or take another method")
+    if scale not in (None, 'linear', 'sqrt'): raise nearest(scale, ('linear', 'sqrt'), 'scaling of the learning rate')
+    if scale: recipe['lr'] *= (recipe['batch_size']/cls.recipes[preset]['batch_size'])**(1 if scale=='linear' else .5)
     for k in ('epochs', 'batch_size', 'lr'):
         if not recipe[k]>0: raise ValueError(f"{k} must be greater than 0, got {recipe[k]}")
     return json.loads(json.dumps(dict(method=method, preset=preset, **run, model=model, recipe=recipe)))
@@ -64,6 +68,17 @@ def save_run(out, config):
     Path(out).mkdir(parents=True, exist_ok=True)
     write_json(Path(out)/'config.json', config)
 
+def _job():
+    "What tells one job of torchrun from another: workers come and go, their parent stays"
+    return f"{os.environ['TORCHELASTIC_RUN_ID']} {platform.node()} {os.getppid()}" if 'TORCHELASTIC_RUN_ID' in os.environ else None
+
+def _begin(out, config, given, resume):
+    "The run's settings, and whether to go on with it: as asked, or because torchrun has started us again in the middle of it"
+    file = Path(out)/'config.json'
+    resume = resume or bool(_job()) and file.exists() and json.loads(file.read_text()).get('job')==_job()
+    config = open_run(out, config, given, resume)
+    return {**config, 'job': _job()} if _job() else config, resume
+
 # %% ../nbs/17_pretrain.ipynb #0000000f
 tokenizer_recipe = dict(epochs=6, batch_size=128, lr=3e-3, warmup_epochs=.2, weight_decay=1e-4)
 min_steps = 300     # of a tokenizer's training, however small the set
@@ -78,16 +93,17 @@ def get_tokenizer(
     **kwargs      # to `fit`: device, workers
 )->DVAE:
     "The tokenizer in `folder`: `source` if there is one, else what lies there, else a new one trained on `data`"
-    if source: save_tokenizer(source, folder)
-    if (folder/'config.json').exists(): return load_tokenizer(folder)
+    if source: on_first(lambda: save_tokenizer(source, folder))
+    if on_first((folder/'config.json').exists): return load_tokenizer(folder)
     torch.manual_seed(config['seed'])
     t = DVAE(m.img_size[0], m.patch_size[0], m.in_chans, m.head.out_features)
-    folder.mkdir(exist_ok=True)
-    recipe = dict(tokenizer_recipe, batch_size=min(tokenizer_recipe['batch_size'], len(data)))
+    on_first(lambda: folder.mkdir(exist_ok=True))
+    batch,world = min(tokenizer_recipe['batch_size'], len(data)),ranks()[1]
+    recipe = dict(tokenizer_recipe, batch_size=batch-batch%world)
     recipe['epochs'] = max(recipe['epochs'], min_steps/steps_per_epoch(data, recipe['batch_size']))
     fit(t, data, **recipe, seed=config['seed'], folder=folder,
-        augment=Augment(m.img_size[0], **config['recipe']['augment']), resume=resume and (folder/'last.ckpt').exists(), **kwargs)
-    save_tokenizer(t, folder)
+        augment=Augment(m.img_size[0], **config['recipe']['augment']), resume=resume and on_first((folder/'last.ckpt').exists), **kwargs)
+    on_first(lambda: save_tokenizer(t, folder))
     return t
 
 def vocabulary(t, images):
@@ -130,18 +146,8 @@ pictures  {out}/reconstructions.png
 log       {out}/log.jsonl""")
 
 # %% ../nbs/17_pretrain.ipynb #00000015
-def pretrain(
-    out,            # the run's folder
-    config,         # from `settings`
-    given=(),       # which settings were said explicitly, see `open_run`
-    resume=False,   # go on with the run in that folder
-    device='auto',  # see `get_device`
-    tokenizer=None, # folder of a trained tokenizer
-    workers=4,      # processes or threads that decode images
-)->dict:            # what was measured: before, after (accuracies in [0,1]), seconds, images_per_second
-    "Pretrain an encoder, examine it before and after, and save what there is to take home"
-    start,out,device = time.time(),Path(out),get_device(device)
-    config = open_run(out, config, given, resume)
+def _prepare(config, tokenizer, device, workers, accumulate):
+    "Images, method and tokenizer, or one sentence on what does not fit"
     room = round(config['model']['img_size']*8/7)
     train = load_like(config['data'], 'train', room, workers=workers); chans = len(train[0][0])
     test = load_like(config['data'], 'test', room, chans, workers=workers)
@@ -150,28 +156,50 @@ def pretrain(
     torch.manual_seed(config['seed'])
     m = get_method(config['method'])(**config['model']).to(device)
     if getattr(m, 'teacher_name', None): m.get_teacher()       # now, so that one that cannot be had is not found out later
-    recipe,few,held = dict(config['recipe']),sample(train, 20_000),sample(test, 5_000)
-    per_epoch = steps_per_epoch(train, recipe['batch_size'])
-    save_run(out, config)
+    slices(config['recipe']['batch_size'], accumulate)
+    return train,test,m,tokenizer,steps_per_epoch(train, config['recipe']['batch_size'])
 
-    print(f"{config['method']} {config['preset']}, {sum(p.numel() for p in m.encoder.parameters())/1e6:.2f} million weights, on {len(train)} images of {config['data']} ({device}), in {out}")
-    metrics = dict(before=_examine(m, few, held))
+def pretrain(
+    out,            # the run's folder
+    config,         # from `settings`
+    given=(),       # which settings were said explicitly, see `open_run`
+    resume=False,   # go on with the run in that folder
+    device='auto',  # see `get_device`
+    tokenizer=None, # folder of a trained tokenizer
+    workers=4,      # processes or threads that decode images
+    accumulate=1,   # turns a step, see `fit`
+    **kwargs        # to `fit`: compile, checkpointing, tensorboard
+)->dict:            # what was measured: before, after (accuracies in [0,1]), seconds, images_per_second
+    "Pretrain an encoder, examine it before and after, and save what there is to take home"
+    start,out,device = time.time(),Path(out),get_device(device)
+    config,resume = on_first(lambda: _begin(out, config, given, resume))
+    train,test,m,tokenizer,per_epoch = in_turn(lambda: _prepare(config, tokenizer, device, workers, accumulate))
+    recipe,few,held = dict(config['recipe']),*(sample(*o) if ranks()[0]==0 else None for o in ((train, 20_000), (test, 5_000)))
+    on_first(lambda: save_run(out, config))
+
+    print(f"{config['method']} {config['preset']}, {sum(p.numel() for p in m.encoder.parameters())/1e6:.2f} million weights, on {len(train)} images of {config['data']} ({_where(device)}), in {out}")
+    metrics = dict(before=on_first(lambda: _examine(m, few, held)))
     if hasattr(m, 'set_tokenizer'):
         print('First a tokenizer')
         t = get_tokenizer(m, train, config, out/'tokenizer', resume, tokenizer, device=device, workers=workers).to(device)
         m.set_tokenizer(t)
-        print('\n'+vocabulary(t, held.images))
+        print('\n'+on_first(lambda: vocabulary(t, held.images)))
     print(f"Now {recipe['epochs']:g} epochs of {per_epoch} steps")
     augment = Augment(m.img_size[0], **recipe.pop('augment'))
-    log = fit(m, train, **recipe, augment=augment, seed=config['seed'], device=device, workers=workers, folder=out, resume=resume and (out/'last.ckpt').exists())
+    log = fit(m, train, **recipe, augment=augment, seed=config['seed'], device=device, workers=workers, folder=out,
+              resume=resume and on_first((out/'last.ckpt').exists), accumulate=accumulate, **kwargs)
 
-    speed = statistics.median(r['images_per_second'] for r in log)
-    metrics.update(after=_examine(m, few, held), seconds=time.time()-start, images_per_second=speed)
+    metrics.update(after=on_first(lambda: _examine(m, few, held)), seconds=time.time()-start, images_per_second=statistics.median(r['images_per_second'] for r in log))
+    on_first(lambda: _take_home(m, out, held, metrics, log[-1]['loss'], device))
+    return metrics
+
+def _where(device): return f'{device}' + (f', {ranks()[1]} processes' if ranks()[1]>1 else '')
+
+def _take_home(m, out, held, metrics, loss, device):
     save_encoder(m, out/'encoder')
     save_pictures(m, resize(held.images[:8].to(device), m.img_size[0]), out/'reconstructions.png')
-    write_json(out/'metrics.json', dict(metrics, loss=log[-1]['loss'], machine=machine(device)))
+    write_json(out/'metrics.json', dict(metrics, loss=loss, machine=machine(device)))
     _report(out, metrics, m.encoder)
-    return metrics
 
 # %% ../nbs/17_pretrain.ipynb #00000017
 def mim_pretrain(
@@ -185,19 +213,27 @@ def mim_pretrain(
     device:str='auto',  # auto, cpu, cuda, mps
     size:int=None,      # side of the images, pixels; default: the preset's
     patch:int=None,     # side of a patch, pixels; default: the preset's
-    batch:int=None,     # images a step; default: the recipe's
+    batch:int=None,     # images a step, over all processes and turns; default: the recipe's
     lr:float=None,      # highest learning rate; default: the recipe's
     mask:float=None,    # part of the patches to hide, between 0 and 1; default: the method's
     tokenizer:str=None, # folder of a trained tokenizer, for instance runs/beit/tokenizer; default: one is trained first
     teacher:str=None,   # for deepmim: whose features to predict, a timm model's name or the folder of a run; default: pixels are predicted
     workers:int=4,      # processes that decode images which do not fit in memory
+    scale:str=None,     # of the learning rate with --batch: linear or sqrt; default: it stays the recipe's
+    accumulate:int=1,   # turns a step: memory for so many times fewer images, the same result to rounding
+    compile:bool=False, # through torch.compile: slower to start, then faster on a GPU
+    checkpointing:bool=False, # keep less in memory and compute it again, about a third more work
+    tensorboard:bool=False,   # write the log for TensorBoard as well, into the run's folder
 ):
     "Pretrain an encoder on images by hiding parts of them; without arguments: BEiT, on the images that ship with the package"
     model,recipe = dict(img_size=size, patch_size=patch, mask_ratio=mask, teacher=teacher),dict(epochs=epochs, batch_size=batch, lr=lr)
     run = dict(method=method, preset=preset, data=data, seed=seed)
     given = [k for k,v in _flat(dict(run, model=model, recipe=recipe)).items() if v is not None]
     chosen = dict(method='beit', preset='tiny', data='fashion_mnist', seed=0) | {k: v for k,v in run.items() if v is not None}
-    return pretrain(out or f"runs/{chosen['method']}", settings(**chosen, model=model, recipe=recipe), given, resume, device, tokenizer, workers)
+    with together(device) as device:
+        config = in_turn(lambda: settings(**chosen, model=model, recipe=recipe, scale=scale))
+        return pretrain(out or f"runs/{chosen['method']}", config, given, resume, device, tokenizer, workers, accumulate,
+                        compile=compile, checkpointing=checkpointing, tensorboard=tensorboard)
 
 mim_pretrain_cli = command(mim_pretrain, 'method')
 

@@ -40,6 +40,13 @@ def _own_gpu():
     torch.cuda.set_device(local)
     return f'cuda:{local}'
 
+def _meet(backend, timeout):
+    "Join the others, at an address where nothing that workers of an earlier attempt left behind can be found"
+    store,rank,world = next(dist.rendezvous('env://', timeout=timeout))
+    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+    return rank
+
 @contextmanager
 def together(
     device='auto', # 'auto', 'cpu' or 'cuda'; ranks on one machine take one GPU each
@@ -49,8 +56,7 @@ def together(
     if 'WORLD_SIZE' not in os.environ or dist.is_initialized(): yield device; return
     cuda = device in ('auto', 'cuda') and torch.cuda.is_available()
     device = _own_gpu() if cuda else 'cpu'
-    dist.init_process_group('cpu:gloo,cuda:nccl' if cuda else 'gloo', timeout=timedelta(hours=hours))
-    rank = dist.get_rank()
+    rank = _meet('cpu:gloo,cuda:nccl' if cuda else 'gloo', timedelta(hours=hours))
     try:
         with redirect_stdout(open(os.devnull, 'w')) if rank else nullcontext(): yield device
     except BaseException as e:

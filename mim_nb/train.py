@@ -4,17 +4,21 @@
 
 # %% auto #0
 __all__ = ['lr_at', 'param_groups', 'step_seed', 'write_whole', 'write_weights', 'write_json', 'save_ckpt', 'load_ckpt',
-           'read_log', 'Stopped', 'get_device', 'fit']
+           'read_log', 'Stopped', 'get_device', 'fit', 'recompute_blocks']
 
 # %% ../nbs/06_train.ipynb #00000003
-import hashlib, json, math, os, signal, threading, time
+import hashlib, json, math, os, signal, threading, time, torch
+from contextlib import contextmanager, nullcontext
+from inspect import signature
 from pathlib import Path
-import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from fastprogress.fastprogress import progress_bar
 from safetensors.torch import save
 from timm.optim import param_groups_weight_decay
 from .data import batches, steps_per_epoch
+from .ranks import agree, mean_over_ranks, of_all, ranks, slices
 
 # %% ../nbs/06_train.ipynb #00000008
 def lr_at(
@@ -98,15 +102,17 @@ class Stopped(KeyboardInterrupt):
     "Training was asked to stop, and has saved its state"
     def __init__(self, msg, signum): super().__init__(msg); self.signum = signum
 
+_signals = [getattr(signal, n) for n in ('SIGINT', 'SIGTERM', 'SIGUSR1') if hasattr(signal, n)]
+
 class _Polite:
-    "While active, notes SIGINT and SIGTERM in `signum` instead of dying of them"
+    "While active, notes SIGINT, SIGTERM and SIGUSR1 in `signum` instead of dying of them"
     signum = None
     def __enter__(self):
         main = threading.current_thread() is threading.main_thread()        # only there may handlers be set
-        self.old = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)} if main else {}
+        self.old = {s: signal.signal(s, self.note) for s in _signals} if main else {}
         return self
     def note(self, signum, frame):
-        if self.signum: raise KeyboardInterrupt             # asked twice: stop at once
+        if self.signum and signum in _signals[:2]: raise KeyboardInterrupt             # asked twice: stop at once
         self.signum = signum
     def __exit__(self, *_):
         for s,h in self.old.items(): signal.signal(s, h)
@@ -125,8 +131,6 @@ def get_device(
     return device
 
 # %% ../nbs/06_train.ipynb #00000024
-def _mean_logs(total, n): return {k: float(v)/n for k,v in total.items()}
-
 def _resume(folder, m, opt, settings):
     "Put the state of a run back, and return the step to go on from with the log up to there"
     ckpt = load_ckpt(folder)
@@ -134,7 +138,7 @@ def _resume(folder, m, opt, settings):
     if differ: raise ValueError(f"the run in {folder} was started with other settings ({'; '.join(differ)}): resume it with the same ones, or start a new folder")
     m.load_state_dict(ckpt['model']); opt.load_state_dict(ckpt['opt'])
     rows = [r for r in read_log(folder) if r['step']<=ckpt['step']]
-    write_whole(Path(folder)/'log.jsonl', lambda f: f.write(''.join(json.dumps(r)+'\n' for r in rows).encode()))
+    if ranks()[0]==0: write_whole(Path(folder)/'log.jsonl', lambda f: f.write(''.join(json.dumps(r)+'\n' for r in rows).encode()))
     return ckpt['step'],rows
 
 # %% ../nbs/06_train.ipynb #00000025
@@ -142,7 +146,7 @@ def fit(
     m:nn.Module,          # `m(images)` returns an object with `loss` and `logs`
     data,                 # an `ImageSet` or another set that `batches` takes
     epochs=10,            # passes over the data
-    batch_size=128,       # images a step, over all processes
+    batch_size=128,       # images a step, over all processes and turns
     lr=1e-3,              # highest learning rate
     warmup_epochs=1.,     # of linear warm-up
     min_lr=1e-5,          # learning rate at the end
@@ -152,7 +156,7 @@ def fit(
     augment=None,         # bytes (B,C,H,W) -> float in [0,1], for instance `Augment(…)`; None: only that conversion
     forward=None,         # `forward(m, images, labels)`, when there is more to do than `m(images)`
     optimizer=None,       # `optimizer(m)`, whose groups may have an `lr_scale`; None: AdamW on `param_groups`
-    seed=0,               # every random choice is a function of it, the step and the rank
+    seed=0,               # every random choice is a function of it, the step and the slice
     device='auto',        # see `get_device`
     folder=None,          # where `log.jsonl` and checkpoints go; None: nowhere
     resume=False,         # go on from the folder's checkpoint
@@ -160,48 +164,148 @@ def fit(
     log_every=10,         # steps between log lines
     workers=0,            # processes that decode images, for sets that are not in memory
     bar=True,             # show a progress bar
+    accumulate=1,         # turns a step: so many times smaller is what has to fit into memory
+    compile=False,        # through `torch.compile`; a dict: its arguments
+    checkpointing=False,  # see `recompute_blocks`
+    tensorboard=False,    # write the log for TensorBoard as well, into the folder
 )->list:                  # the log: a dict for each logged step
-    "Train `m` on `data`; a stopped run goes on to the same bits"
+    "Train `m` on `data`, with all processes that have met; a stopped run goes on to the same bits"
     settings = dict(model=type(m).__name__, images=len(data), epochs=epochs, batch_size=batch_size, lr=lr, warmup_epochs=warmup_epochs, min_lr=min_lr,
                     weight_decay=weight_decay, betas=list(betas), clip=clip, augment=repr(augment), seed=seed)
-    device = get_device(device); m.to(device).train()
-    opt = optimizer(m) if optimizer else torch.optim.AdamW(param_groups(m, weight_decay), lr=lr, betas=betas)
+    (rank,world),device = ranks(),get_device(device)
+    m.to(device).train()
+    opt = optimizer(m) if optimizer else torch.optim.AdamW(param_groups(m, weight_decay), lr=lr, betas=betas, fused=True if device.type=='cuda' else None)
     per_epoch = steps_per_epoch(data, batch_size)
     steps,warmup = max(1, round(epochs*per_epoch)),round(warmup_epochs*per_epoch)
     start,rows = _resume(folder, m, opt, settings) if resume else (0, [])
-    stream = batches(data, batch_size, start, steps, seed=seed, device=device, workers=workers)
-    total,n,since = {},0,time.time()
-    with torch.random.fork_rng(), _Polite() as polite:
-        for i,(x,y) in zip(pb := progress_bar(range(start, steps)) if bar else range(start, steps), stream):
-            torch.manual_seed(step_seed(seed, i))
+    agree(dict(settings, start=start, accumulate=accumulate, save_every=save_every, log_every=log_every))
+    ours = slices(batch_size, accumulate)
+    net = _wrap(_Step(m, forward), world, compile)
+    log = _Log(rows, folder, range(start, steps), batch_size, lr, bar, tensorboard)
+    stream = log.timed(batches(data, batch_size, start, steps, seed=seed, rank=rank, world=world, device=device, workers=workers))
+    with _own_chance(device), _Polite() as polite, _enough_memory(batch_size//(world*accumulate)), recompute_blocks(m, checkpointing):
+        for i,(x,y) in zip(log.bar, stream):
             if hasattr(m, 'progress'): m.progress = i/steps
             rate = lr_at(i, steps, warmup, lr, min_lr)
             for g in opt.param_groups: g['lr'] = rate*g.get('lr_scale', 1)
-            x = augment(x) if augment else x/255
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type=='cuda'):
-                out = forward(m, x, y) if forward else m(x)
-            out.loss.backward()
-            norm = nn.utils.clip_grad_norm_(m.parameters(), clip or math.inf)
+            for j,k in enumerate(ours):
+                torch.manual_seed(step_seed(seed, i, k))
+                xs,ys = x[j::accumulate],y[j::accumulate]
+                xs = augment(xs) if augment else xs/255
+                with net.no_sync() if world>1 and j<accumulate-1 else nullcontext():
+                    loss,logs = net(xs, ys)
+                    (loss/accumulate).backward()
+                log.add(accumulate, loss=loss, **logs)
+            log.add(grad_norm=nn.utils.clip_grad_norm_(m.parameters(), clip or math.inf))
             opt.step(); opt.zero_grad()
 
-            for k,v in dict(loss=out.loss, grad_norm=norm, **out.logs).items(): total[k] = total.get(k, 0) + v.detach()
-            step,n = i+1,n+1
-            save = step%(save_every or per_epoch)==0 or step==steps or polite.signum
-            if save or step%log_every==0:
-                logs = _mean_logs(total, n)
-                if not math.isfinite(logs['loss']): raise FloatingPointError(_not_finite(step-n+1, step, logs, lr, folder))
-                rows.append(dict(step=step, epoch=step/per_epoch, lr=rate, **logs, images_per_second=n*batch_size/(time.time()-since)))
-                if bar: pb.comment = f"loss {logs['loss']:.3f}"
-                if folder: _append(folder, rows[-1])
-                total,n,since = {},0,time.time()
-            if save and folder: save_ckpt(folder, step, m, opt, settings)
-            if polite.signum: raise Stopped(f"stopped at step {step} of {steps}" + (f", saved in {folder}: continue with --resume" if folder else ''), polite.signum)
+            step = i+1
+            save = step%(save_every or per_epoch)==0 or step==steps
+            if save or step%log_every==0 or world==1 and polite.signum:
+                stop = log.write(polite.signum, step=step, epoch=step/per_epoch, lr=rate)
+                if folder and rank==0 and (save or stop): log.save(step, m, opt, settings)
+                if stop: raise of_all(Stopped(f"stopped at step {step} of {steps}" + (f", saved in {folder}: continue with --resume" if folder else ''), stop))
     m.eval()
     return rows
 
 # %% ../nbs/06_train.ipynb #00000026
-def _append(folder, row):
-    with open(Path(folder)/'log.jsonl', 'a') as f: f.write(json.dumps(row)+'\n')
+@contextmanager
+def recompute_blocks(
+    m:nn.Module, # a method or a network with transformer blocks
+    on=True,     # False: nothing happens
+):
+    "Activation checkpointing: keep only what enters a block, and compute what is inside again in the backward pass"
+    inside,parts = [],[p for b in m.modules() if on and hasattr(b, 'norm1') and hasattr(b, 'mlp') for p in (b, b.mlp)]
+    def again(f):
+        def noted(*args, **kw):
+            inside.append(f)
+            try: return f(*args, **kw)
+            finally: inside.pop()
+        return lambda *args, **kw: f(*args, **kw) if inside else checkpoint(noted, *args, use_reentrant=False, **kw)
+    for p in parts: p.forward = again(p.forward)
+    try: yield
+    finally:
+        for p in parts: del p.forward
+
+# %% ../nbs/06_train.ipynb #00000027
+class _Step(nn.Module):
+    "What is wrapped and compiled in place of the method, which then never notices"
+    def __init__(self, m, forward):
+        super().__init__()
+        self.m,self.f = m,forward
+    def forward(self, x, y):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type=='cuda'):
+            out = self.f(self.m, x, y) if self.f else self.m(x)
+        return out.loss,out.logs
+
+def _wrap(step, world, compile):
+    if compile: step.compile(**(compile if isinstance(compile, dict) else {}))
+    if world==1: return step
+    buffers = next(k for k in ('forward_sync_buffers', 'broadcast_buffers') if k in signature(DistributedDataParallel).parameters)      # newer PyTorch has renamed it
+    return DistributedDataParallel(step, gradient_as_bucket_view=True, **{buffers: False})
+
+def _own_chance(device):
+    "Random numbers of our own: those of the caller are as before afterwards"
+    return torch.random.fork_rng([device] if device.type=='cuda' else [])
+
+@contextmanager
+def _enough_memory(images):
+    try: yield
+    except torch.OutOfMemoryError as e:
+        raise torch.OutOfMemoryError(f"the memory of the device is too small for {images} images at a time: work them off in more turns (--accumulate 2, 4, …), "
+            f"keep less (--checkpointing), or take a smaller --batch or --preset ({str(e).split('. ')[0]})") from e
+
+
+# %% ../nbs/06_train.ipynb #00000028
+def _board(folder, start):
+    try: from torch.utils.tensorboard import SummaryWriter
+    except ImportError: raise ImportError("TensorBoard is not installed: pip install tensorboard, or leave out --tensorboard; log.jsonl has the same numbers") from None
+    return SummaryWriter(str(folder), purge_step=start)
+
+class _Log:
+    "Sums what steps report, on the device, and now and then makes a row of it"
+    def __init__(self, rows, folder, steps, batch_size, lr, bar, tensorboard):
+        first = ranks()[0]==0
+        self.rows,self.folder,self.batch_size,self.lr,self.saved = rows,folder,batch_size,lr,None
+        self.bar = progress_bar(steps) if bar and first else steps
+        self.board = _board(folder, steps.start) if tensorboard and folder and first else None
+        self.reset()
+
+    def reset(self): self.total,self.n,self.waited,self.since = {},0,0.,time.time()
+
+    def timed(self, stream):
+        "The same batches; the time that we wait for them is noted"
+        stream = iter(stream)
+        while True:
+            before = time.time(); batch = next(stream, None)
+            self.waited,self.n = self.waited+time.time()-before,self.n+1
+            if batch is None: return
+            yield batch
+
+    def add(self, turns=1, **values):
+        for k,v in values.items(): self.total[k] = self.total.get(k, 0) + v.detach().float()/turns
+
+    def save(self, *args):
+        before = time.time(); save_ckpt(self.folder, *args); self.saved = time.time()-before
+
+    def write(self, signum, **row):
+        "A row of means over steps and ranks; returns the signal by which any of them was asked to stop, or None"
+        sums = torch.stack([*self.total.values(), torch.zeros_like(self.total['loss'])+bool(signum)])      # all ranks talk here, and only here
+        *sums,asked = mean_over_ranks(sums).tolist()
+        logs,seconds = {k: v/self.n for k,v in zip(self.total, sums)},time.time()-self.since
+        if not math.isfinite(logs['loss']): raise of_all(FloatingPointError(_not_finite(row['step']-self.n+1, row['step'], logs, self.lr, self.folder)))
+        row.update(logs, images_per_second=self.n*self.batch_size/seconds, waiting=self.waited/seconds, **({} if self.saved is None else dict(save_seconds=self.saved)))
+        self.rows.append(row); self.show(row); self.saved = None; self.reset()
+        return (signum or signal.SIGTERM) if asked else None
+
+    def show(self, row):
+        if ranks()[0]>0: return
+        if self.folder:
+            with open(Path(self.folder)/'log.jsonl', 'a') as f: f.write(json.dumps(row)+'\n')
+        if self.board:
+            for k,v in row.items(): self.board.add_scalar(k, v, row['step'])
+            self.board.flush()
+        if hasattr(self.bar, 'comment'): self.bar.comment = f"loss {row['loss']:.3f}"
 
 def _not_finite(first, last, logs, lr, folder):
     keep = f"the last good checkpoint is in {folder}" if folder else "nothing was saved, since no folder was given"

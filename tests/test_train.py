@@ -1,11 +1,13 @@
 "What a notebook can't show of the loop: killed processes, a full disk, ranges of settings"
-import json, math, os, subprocess, sys, textwrap
+import json, math, os, signal, subprocess, sys, textwrap
 import pytest, torch
 from types import SimpleNamespace
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from mim_nb.data import ImageSet
-from mim_nb.train import fit, load_ckpt, lr_at, param_groups, read_log, save_ckpt, step_seed, write_whole
+from mim_nb.methods import create
+from mim_nb.tokenizers import DVAE
+from mim_nb.train import Stopped, fit, load_ckpt, lr_at, param_groups, read_log, recompute_blocks, save_ckpt, step_seed, write_whole
 
 @given(steps=st.integers(1, 5000), warm=st.floats(0, 1), lr=st.floats(1e-6, 1), low=st.floats(0, 1))
 def test_learning_rate_stays_in_bounds(steps, warm, lr, low):
@@ -115,6 +117,87 @@ def test_log_lines_are_json_without_nan(tmp_path):
     fit(small(), DATA, folder=tmp_path, **KW)
     for l in (tmp_path/'log.jsonl').read_text().splitlines():
         assert all(math.isfinite(v) for v in json.loads(l, parse_constant=lambda c: pytest.fail(c)).values())
+
+def test_every_signal_saves_and_stops(tmp_path):
+    for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        folder = tmp_path/str(int(s)); folder.mkdir()
+        def forward(m, x, y):
+            if not (folder/'last.ckpt').exists(): os.kill(os.getpid(), s)
+            return m(x)
+        with pytest.raises(Stopped, match='stopped at step 1 of 24') as e: fit(small(), DATA, folder=folder, forward=forward, **KW)
+        assert e.value.signum==s and load_ckpt(folder)['step']==1
+
+def test_slurm_may_say_it_twice(tmp_path):
+    "Once to the process itself, and once more by way of torchrun"
+    def forward(m, x, y):
+        for _ in range(2): os.kill(os.getpid(), signal.SIGUSR1)
+        return m(x)
+    with pytest.raises(Stopped, match='saved in'): fit(small(), DATA, folder=tmp_path, forward=forward, **KW)
+
+METHODS = {n: dict(img_size=16, patch_size=4, in_chans=1, embed_dim=16, num_heads=1, depth=2, drop_path=.2) for n in ('beit', 'mcbeit', 'mae', 'deepmim', 'saim')} | \
+    dict(mixmim=dict(img_size=16, patch_size=2, in_chans=1, embed_dim=16, depths=(1,1), num_heads=(1,2), window=None, drop_path=.2))
+
+def grads(name, on):
+    "Gradients of one step, and the bytes that wait for the backward pass"
+    torch.manual_seed(0); m = create(name, 'tiny', **METHODS[name]).train()
+    if 'beit' in name: m.set_tokenizer(DVAE(16, 4, 1, m.head.out_features, width=16, depth=1))
+    kept = {}
+    def pack(t): kept[t.data_ptr()] = t.numel()*t.element_size(); return t
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), recompute_blocks(m, on): loss = m(torch.rand(4,1,16,16)).loss
+    with recompute_blocks(m, on): pass
+    loss.backward()
+    return {n: p.grad for n,p in m.named_parameters() if p.grad is not None},sum(kept.values())
+
+@pytest.mark.parametrize('name', METHODS)
+def test_checkpointing_gives_the_same_gradients(name):
+    (a,much),(b,less) = grads(name, False),grads(name, True)
+    assert a.keys()==b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert less<much
+
+def test_checkpointing_leaves_no_trace():
+    m = create('mae', 'tiny'); before = {k for b in m.modules() for k in vars(b)}
+    fit(m, ImageSet(torch.zeros(4,1,28,28, dtype=torch.uint8)), epochs=1, batch_size=2, device='cpu', bar=False, checkpointing=True)
+    assert {k for b in m.modules() for k in vars(b)}==before
+
+def test_compiled_steps_leave_no_prefix(whole, tmp_path):
+    m = small(); fit(m, DATA, folder=tmp_path, compile=dict(backend='aot_eager'), **KW)
+    assert m.state_dict().keys()==load_ckpt(tmp_path)['model'].keys()==whole.state_dict().keys()
+    assert same(m, whole)
+
+def test_out_of_memory_names_the_knobs():
+    def forward(m, x, y): raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has…')
+    with pytest.raises(torch.OutOfMemoryError, match='too small for 4 images at a time.*--accumulate.*--checkpointing.*--batch.*--preset') as e:
+        fit(small(), DATA, forward=forward, accumulate=2, **KW)
+    assert '\n' not in str(e.value)
+
+def test_turns_that_do_not_divide():
+    with pytest.raises(ValueError, match='a batch of 8 images cannot be cut into 3 equal slices'): fit(small(), DATA, accumulate=3, **KW)
+
+def test_turns_resume_to_the_same_bits(tmp_path):
+    kw = dict(KW, accumulate=2, save_every=5)
+    whole = small(); fit(whole, DATA, **kw)
+    def forward(m, x, y):
+        if (tmp_path/'last.ckpt').exists(): raise PowerCut
+        return m(x)
+    with pytest.raises(PowerCut): fit(small(), DATA, folder=tmp_path, forward=forward, **kw)
+    m = Small(); fit(m, DATA, folder=tmp_path, resume=True, **kw)
+    assert same(m, whole)
+
+def test_tensorboard_is_optional(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', None)
+    with pytest.raises(ImportError, match='pip install tensorboard'): fit(small(), DATA, folder=tmp_path, tensorboard=True, **KW)
+    seen = []
+    class SummaryWriter:
+        def __init__(self, folder, purge_step): seen.append((folder, purge_step))
+        def add_scalar(self, *args): seen.append(args)
+        def flush(self): pass
+    monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', SimpleNamespace(SummaryWriter=SummaryWriter))
+    rows = fit(small(), DATA, folder=tmp_path, tensorboard=True, **KW)
+    assert seen[0]==(str(tmp_path), 0) and ('loss', rows[-1]['loss'], 24) in seen
+
+def test_rows_say_where_the_time_went(tmp_path):
+    rows = fit(small(), DATA, folder=tmp_path, **KW)
+    assert all(0<=r['waiting']<=1 for r in rows) and [r['step'] for r in rows if 'save_seconds' in r]==[10, 20]      # the rows that follow the checkpoints of steps 8 and 16
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
 def test_cuda_trains_and_resumes(tmp_path):
