@@ -1,10 +1,14 @@
 "The playground's JavaScript draws the masks of the library; the glossary and the pages on papers name what exists; thumbnails"
-import importlib, json, re, shutil, subprocess
+import importlib, json, re, shutil, subprocess, sys
 from pathlib import Path
-import pytest, torch
+import numpy as np, pytest, torch
+from PIL import Image
 from mim_nb.masks import block_mask, random_mask
+from mim_nb.methods import methods
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT/'tools'))
+from thumbs import chapters, put_map
 
 def in_node(code):
     "What a piece of JavaScript returns that has the playground as `p`"
@@ -82,3 +86,27 @@ PAGES = ['index', '21_glossary', '02b_playground', *sorted(p.stem for p in (ROOT
 def test_links_between_notebooks_lead_somewhere(name):
     links = re.findall(r'\]\(([\w/.-]+\.ipynb)', markdown(name))
     assert links and [l for l in links if not (ROOT/'nbs'/l).exists()]==[]
+
+def test_front_page_leads_to_every_notebook():
+    links = set(re.findall(r'\]\(([\w.-]+\.ipynb)', markdown('index')))
+    assert {p.name for p in (ROOT/'nbs').glob('*.ipynb')}-{'index.ipynb'}==links
+
+def test_map_has_every_chapter_in_order():
+    there = [nb for part in chapters(ROOT/'nbs') for _,nb,_ in part]
+    assert there==sorted(there) and set(there)=={p.name for p in (ROOT/'nbs').glob('[01]*.ipynb')}
+
+def test_map_gets_thumbnails(tmp_path):
+    n = len(chapters(ROOT/'nbs'))
+    (tmp_path/'index.html').write_text('a' + '<!-- map --> <table></table> <!-- /map -->'*n + 'z')
+    count,html = put_map(ROOT/'nbs', tmp_path),(tmp_path/'index.html').read_text()
+    assert html[0]=='a' and html[-1]=='z' and 'table' not in html and html.count('<li>')==count
+    for src in re.findall(r'src="(.+?)"', html): assert Image.open(tmp_path/src).size==(200,120) and (tmp_path/src).stat().st_size<40_000
+    assert 'href="beit.html"' in html and 'src="thumbs/beit.png"' in html
+    with pytest.raises(ValueError, match='has 0 maps'): put_map(ROOT/'nbs', tmp_path)
+
+def test_picture_of_the_front_page_shows_every_method():
+    front = np.load(ROOT/'results'/'front.npz')
+    assert list(front['names'])==list(methods) and 'command' in json.loads(str(front['about']))
+    for n in methods: assert front[n].shape==(3,4,28,28) and front[n].dtype==np.uint8
+    clear = {n: (front[n][1,3]==0).any() for n in methods}
+    assert clear==dict(beit=False, mcbeit=False, mae=True, deepmim=True, saim=True, mixmim=False)       # who leaves patches out
