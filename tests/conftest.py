@@ -40,7 +40,7 @@ def site(built):
     if errors: pytest.fail('tools/site.py failed:\n' + errors[-1500:], pytrace=False)
     return folder
 
-CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
+CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'google-chrome', 'chromium-browser'))), None)
 
 @pytest.fixture(scope='module')
 def browser():
@@ -48,6 +48,6 @@ def browser():
     playwright = pytest.importorskip('playwright.sync_api', reason='tests in a browser need playwright')
     if not CHROMIUM: pytest.skip('there is no chromium to open the pages with')
     with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=['--no-sandbox'] if os.geteuid()==0 else [])
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=['--disable-dev-shm-usage', *(['--no-sandbox'] if os.geteuid()==0 else [])])
         yield browser
         browser.close()
