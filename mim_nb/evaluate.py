@@ -41,7 +41,7 @@ def _layers(layer, depth):
 
 def mim_evaluate(
     encoder:str='runs/beit',   # a run's folder, an exported encoder, or a timm model's name (may be the first word)
-    data:str='fashion_mnist',  # labelled images: fashion_mnist, fashion_mnist_full, a folder with class subfolders, a timm dataset's name
+    data:str='fashion_mnist',  # labelled images: fashion_mnist, fashion_mnist_full, a folder with class subfolders, tar files, a timm dataset's name
     probe:str='knn,linear',    # examinations, separated by commas: knn, linear, lars, finetune
     layer:str=None,            # after which block the frozen ones look, from 1, or all; default: the last
     pool:str='mean',           # mean over patches, or cls
