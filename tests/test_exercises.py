@@ -1,11 +1,14 @@
 "Every exercise has a hint that unfolds and a solution of its own, and every solution leads back to its chapter"
 import json, re
+from itertools import dropwhile, islice, takewhile
 from pathlib import Path
 import pytest
 
 NBS = Path(__file__).parents[1]/'nbs'
 
-def markdown(path): return [''.join(c['source']) for c in json.loads(path.read_text())['cells'] if c['cell_type']=='markdown']
+def source(cell): return ''.join(cell['source'])
+def cells(path): return json.loads(path.read_text())['cells']
+def markdown(path): return [source(c) for c in cells(path) if c['cell_type']=='markdown']
 
 PAGES = sorted(NBS.glob('*_solutions_*.ipynb'))
 TRY = {p.stem: next(c for c in markdown(p) if re.search('^## Try this$', c, re.M)) for p in sorted(NBS.glob('*.ipynb'))
@@ -17,6 +20,11 @@ def exercises(cell):
     return re.findall(r'^(?:- |\d+\. ).*\n?(?:(?:[ \t].*)?(?:\n|\Z))*?(?=^\S|\Z)', section, re.M)
 
 def solutions(page): return {h: c for c in markdown(page) for h in re.findall(r'^### (.+)$', c, re.M)}
+
+def body(page, heading):
+    "The cells of a solution: from its heading to the next"
+    after = dropwhile(lambda c: not source(c).startswith(f'### {heading}\n'), cells(page))
+    return list(takewhile(lambda c: not re.match('##+ ', source(c)), islice(after, 1, None)))
 
 def anchors(page):
     "Headings as anchors that JupyterLab and the website make alike: small letters, digits and spaces"
@@ -40,14 +48,10 @@ def test_headings_of_solutions_are_unique_and_make_the_same_anchor_everywhere():
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda p: p.stem)
 def test_every_solution_leads_back_and_says_what_is_seen(page):
-    cells = json.loads(page.read_text())['cells']
     for heading,text in solutions(page).items():
         back = re.search(r'\[To the exercise\]\((\S+)\.ipynb#exercises\)', text)
         assert back and '<a id="exercises"></a>' in TRY[back[1]], f'{page.stem}: {heading} does not lead back'
         assert text.split('\n> ')[1].split('\n')[0] in TRY[back[1]], f'{page.stem}: {heading} quotes another exercise than {back[1]} asks'
-        at = next(i for i,c in enumerate(cells) if ''.join(c['source']).startswith(f'### {heading}\n'))
-        rest = [next((j for j in range(at+1, len(cells)) if re.match('##+ ', ''.join(cells[j]['source']))), len(cells))]
-        body = cells[at+1:rest[0]]
-        code = '\n'.join(''.join(c['source']) for c in body if c['cell_type']=='code')
-        assert re.search(r'\bassert\b|\btest_\w+\(', code), f'{page.stem}: {heading} tests nothing'
-        assert body[-1]['cell_type']=='markdown' and len(''.join(body[-1]['source']))>80, f'{page.stem}: {heading} ends without a word'
+        *steps,last = body(page, heading)
+        assert re.search(r'\bassert\b|\btest_\w+\(', '\n'.join(source(c) for c in steps if c['cell_type']=='code')), f'{page.stem}: {heading} tests nothing'
+        assert last['cell_type']=='markdown' and len(source(last))>80, f'{page.stem}: {heading} ends without a word'
