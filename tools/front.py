@@ -9,6 +9,7 @@ import numpy as np, torch
 from mim_nb.data import fashion_classes, load_data
 from mim_nb.patches import patchify, unpatchify
 from mim_nb.pretrain import machine, pretrain, settings
+from mim_nb.train import read_log
 from mim_nb.visualize import Run
 
 ROOT = Path(__file__).parents[1]
@@ -65,9 +66,11 @@ def rgba(image):
     return (image.clamp(0, 1)*255).round().byte().numpy()
 
 def main(out=ROOT/'results'/'front.npz'):
+    untrained = [n for n in EPOCHS if not (run(n)/'metrics.json').exists()]
+    if untrained: sys.exit(f"{', '.join(untrained)} must be trained first: python tools/front.py train")
     pair = torch.stack([pick('Ankle boot', 8), pick('Bag', 6)])
     panels = {n: np.stack([rgba(p) for p in rows(Run(run(n), 'cpu').method, n, pair, MASK_SEED)]) for n in EPOCHS}
-    about = dict(command='OMP_NUM_THREADS=1 python tools/front.py train; python tools/front.py', epochs=EPOCHS, seed=0, mask_seed=MASK_SEED, machine=machine(torch.device('cpu')))
+    about = dict(command='OMP_NUM_THREADS=1 python tools/front.py train; python tools/front.py', epochs={n: read_log(run(n))[-1]['epoch'] for n in EPOCHS}, seed=0, mask_seed=MASK_SEED, machine=machine(torch.device('cpu')))
     np.savez_compressed(out, **panels, picture=rgba(pair[0]), partner=rgba(pair[1]), names=list(EPOCHS), rows=ROWS, about=json.dumps(about))
 
 if __name__=='__main__': train() if sys.argv[1:]==['train'] else main()

@@ -7,13 +7,13 @@ from pathlib import Path
 from PIL import Image
 
 SIZE = 200,120                                # pixels
-CHOSEN = {'00b_augment': 4, '00c_shards': 3, '02_masks': 1, '02b_playground': ('02_masks', 4), '03_attention': 3, '04_encoders': 1, '05_mim': 2,
+CHOSEN = {'00b_augment': 4, '00c_shards': 1, '02_masks': 1, '02b_playground': ('02_masks', 4), '03_attention': 3, '04_encoders': 1, '05_mim': 2,
           '07_tokenizers': 4, '07b_authors_tokenizers': 2, '08_beit': 4, '09_mcbeit': 5, '10_mae': 3, '11_deepmim': 1, '13_mixmim': 1,
           '14_probes': 1, '15_visualize': 5, '18_checkpoints': 2, '18b_convert': 1}     # which figure, from 0, where it is not the first; or another chapter's
 
 STYLE = """<style>
 ul.map { display: grid; grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr)); gap: 1.2rem 1rem; list-style: none; padding: 0 }
-ul.map li { font-size: .85rem } ul.map li > span { display: block } ul.map strong { display: block; font-size: .95rem }
+ul.map li { font-size: .85rem } ul.map li > span { display: block } ul.map a { text-decoration: none } ul.map strong { display: block; font-size: .95rem; text-decoration: underline }
 ul.map :is(img, .nothumb) { display: block; width: 100%; height: auto; aspect-ratio: 5/3; object-fit: cover; border: 1px solid var(--bs-border-color); margin-bottom: .3rem }
 ul.map .nothumb { display: grid; place-items: center; font: 1.6rem monospace; color: var(--bs-secondary-color) } ul.map .nothumb::after { content: '$ _' }
 </style>"""
