@@ -7,6 +7,7 @@ __all__ = ['transformers_names', 'mim_convert_cli', 'transformers_weights', 'sav
 
 # %% ../nbs/18b_convert.ipynb #00000002
 import json, re, sys, timm, torch, warnings
+from fastcore.imports import IN_NOTEBOOK
 from pathlib import Path
 from timm.models import push_to_hf_hub
 from .beit import BEiT
@@ -109,7 +110,7 @@ mim_convert_cli = command(mim_convert)
 
 # %% ../nbs/18b_convert.ipynb #00000015
 #| eval: false
-if __name__=='__main__': sys.exit(mim_convert_cli())
+if __name__=='__main__' and not IN_NOTEBOOK: sys.exit(mim_convert_cli())
 
 # %% ../nbs/18b_convert.ipynb #00000017
 def push_to_hub(
