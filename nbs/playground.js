@@ -47,7 +47,7 @@ function blockMask(rows, cols, numMasked, minBlock, minAspect, random) {   // te
 
 const methods = {
   blocks: {label: 'blocks (BEiT)', uses: ['ratio', 'block', 'aspect'], ratio: 38},
-  random: {label: 'at random (MAE, DeepMIM)', uses: ['ratio'], ratio: 75},
+  random: {label: 'random (MAE, DeepMIM)', uses: ['ratio'], ratio: 75},
   cells: {label: "a partner's cells (MixMIM)", uses: ['ratio'], ratio: 50},
   order: {label: 'an order (SAIM)', uses: ['turns'], ratio: 50},
 }
@@ -79,7 +79,7 @@ function paint(canvas, pixels, partner, choice, drawn) {      // 28x28 grey pixe
     else if (hidden) {
       const bright = drawn.turn ? 1.3 - drawn.turn[patch] / drawn.mask.length : 1
       colour = [0, 114 * bright, 178 * bright]
-      if (choice.method === 'random') alpha = 40
+      if (choice.method === 'random') alpha = 0
     }
     image.data.set([...colour, alpha], 4 * i)
   }
