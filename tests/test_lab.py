@@ -1,7 +1,8 @@
 "The course in JupyterLab: it opens where the README says, its links work there, and Run All runs"
-import json, os, re, shutil, socket, subprocess, sys, time
+import ast, json, os, re, shutil, socket, subprocess, sys, time
 from pathlib import Path
 import pytest
+from IPython.core.inputtransformer2 import TransformerManager
 from conftest import NOT_SOURCE
 
 pytest.importorskip('jupyterlab', reason='the tests in JupyterLab need jupyterlab')
@@ -33,7 +34,7 @@ def opening_address(server, runtime, log):
     "Where Jupyter would have sent a browser: it leaves a page for that"
     for _ in range(600):
         if server.poll() is not None: break
-        if pages := list(runtime.glob('jpserver-*-open.html')):
+        if pages := list(runtime.glob('jpserver-file-to-run-*-open.html')):
             if to := re.search(r'href="(http://[^"]+)"', pages[0].read_text()): return to[1]
         time.sleep(.1)
     pytest.fail('jupyter lab did not start:\n' + log.read_text()[-1500:], pytrace=False)
@@ -73,3 +74,14 @@ def test_run_all(tab, course, name):
     assert [o['evalue'] for c in code_cells(path) for o in c['outputs'] if o['output_type']=='error']==[]
     assert all(c['execution_count'] for c in code_cells(path))
     if name=='02b_playground': assert 'hidden' in tab.locator('#playground .said:visible').inner_text()
+
+GUARDED = ast.FunctionDef, ast.ClassDef, ast.If, ast.Try, ast.Import, ast.ImportFrom
+
+def test_run_all_passes_over_what_tests_skip():
+    "Jupyter knows nothing of `#| slow`, `#| cuda` and `#| eval: false`: such cells look for themselves whether they should run"
+    for path in sorted((ROOT/'nbs').glob('*.ipynb')):
+        for c in code_cells(path):
+            code = ''.join(c['source'])
+            if not re.search(r'^#\|\s*(slow|cuda|notest|eval:\s*false)', code, re.M): continue
+            body = ast.parse(TransformerManager().transform_cell(code)).body
+            assert all(isinstance(o, GUARDED) for o in body), f'{path.name}: {code[:80]}'
