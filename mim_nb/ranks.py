@@ -60,7 +60,7 @@ def together(
     try:
         with redirect_stdout(open(os.devnull, 'w')) if rank else nullcontext(): yield device
     except BaseException as e:
-        if rank and getattr(e, 'of_all', False): raise SystemExit(1) from None
+        if rank and getattr(e, 'of_all', False): raise SystemExit(128+getattr(e, 'signum', -127)) from None
         if rank and isinstance(e, Exception): raise RuntimeError(f"rank {rank}: {e}") from e
         raise
     dist.destroy_process_group()

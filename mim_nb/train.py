@@ -112,7 +112,7 @@ class _Polite:
         self.old = {s: signal.signal(s, self.note) for s in _signals} if main else {}
         return self
     def note(self, signum, frame):
-        if self.signum and signum in _signals[:2]: raise KeyboardInterrupt             # asked twice: stop at once
+        if self.signum and signum==signal.SIGINT: raise KeyboardInterrupt             # Ctrl-C twice: stop at once
         self.signum = signum
     def __exit__(self, *_):
         for s,h in self.old.items(): signal.signal(s, h)

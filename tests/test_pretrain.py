@@ -7,7 +7,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from mim_nb.data import load_data
 from mim_nb.evaluate import features, load_encoder, mim_evaluate_cli
-from mim_nb.pretrain import mim_pretrain_cli
+from mim_nb.pretrain import mim_pretrain_cli, settings
 
 ENV = os.environ | dict(MPLBACKEND='agg')
 def command(name, *args, cwd=None): return [str(Path(sys.executable).parent/name), *map(str, args)]
@@ -134,6 +134,8 @@ MISTAKES = [
     (['--device', 'gpu'],                   'unknown device'),
     (['--batch', '20000'],                  'cannot be filled'),
     (['--lr', '-1'],                        'lr'),
+    (['--accumulate', '3'],                 'cannot be cut into 3 equal slices'),
+    (['--scale', 'cubic'],                  'scaling of the learning rate'),
     (['--epochs', '0'],                     'epochs'),
 ] + ([] if torch.cuda.is_available() else [(['--device', 'cuda'], '0 CUDA devices')])
 
@@ -163,6 +165,14 @@ def test_flat_colour_photographs_without_labels(tmp_path, here):
     assert 'no labels' in r.stdout and json.loads((tmp_path/'out/metrics.json').read_text())['after']=={}
     e = load_encoder(tmp_path/'out')
     assert features(e, torch.rand(3,3,32,32)).shape==(3,96) and e.patch_embed.grid_size==(4,4)
+
+def test_the_learning_rate_scales_with_the_batch_when_asked():
+    lr = lambda scale, **recipe: settings('mae', 'base', recipe=recipe, scale=scale)['recipe']['lr']
+    assert lr(None, batch_size=1024)==lr('linear')==2.4e-3
+    assert abs(lr('linear', batch_size=1024)-6e-4)<1e-12 and abs(lr('sqrt', batch_size=1024)-1.2e-3)<1e-12
+
+def test_the_script_for_slurm_is_sound():
+    subprocess.run(['bash', '-n', Path(__file__).parents[1]/'tools/slurm.sh'], check=True)
 
 def test_a_tokenizer_is_reused(whole, photos, tmp_path, here):
     r = here(mim_pretrain_cli, '--data', photos, *ARGS, '--tokenizer', whole[0]/'tokenizer')

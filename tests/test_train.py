@@ -127,12 +127,17 @@ def test_every_signal_saves_and_stops(tmp_path):
         with pytest.raises(Stopped, match='stopped at step 1 of 24') as e: fit(small(), DATA, folder=folder, forward=forward, **KW)
         assert e.value.signum==s and load_ckpt(folder)['step']==1
 
-def test_slurm_may_say_it_twice(tmp_path):
+def test_a_cluster_may_say_it_twice(tmp_path):
     "Once to the process itself, and once more by way of torchrun"
     def forward(m, x, y):
-        for _ in range(2): os.kill(os.getpid(), signal.SIGUSR1)
+        for s in (signal.SIGUSR1, signal.SIGUSR1, signal.SIGTERM): os.kill(os.getpid(), s)
         return m(x)
     with pytest.raises(Stopped, match='saved in'): fit(small(), DATA, folder=tmp_path, forward=forward, **KW)
+    def impatient(m, x, y):
+        for _ in range(2): os.kill(os.getpid(), signal.SIGINT)
+        return m(x)
+    with pytest.raises(KeyboardInterrupt) as e: fit(small(), DATA, forward=impatient, **KW)
+    assert not isinstance(e.value, Stopped)
 
 METHODS = {n: dict(img_size=16, patch_size=4, in_chans=1, embed_dim=16, num_heads=1, depth=2, drop_path=.2) for n in ('beit', 'mcbeit', 'mae', 'deepmim', 'saim')} | \
     dict(mixmim=dict(img_size=16, patch_size=2, in_chans=1, embed_dim=16, depths=(1,1), num_heads=(1,2), window=None, drop_path=.2))
