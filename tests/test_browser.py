@@ -44,11 +44,11 @@ def axe(request):
         except (OSError, subprocess.SubprocessError) as e: pytest.skip(f'`npm pack {AXE}` failed: {type(e).__name__}')
     return (folder/'axe.min.js').read_text()
 
-VISIT = """() => ({
-    maths: document.querySelectorAll('.math').length, typeset: document.querySelectorAll('.math .katex').length,
-    wrong: document.querySelectorAll('.katex-error').length,
-    silent: [...document.images].filter(i => !i.alt.trim()).map(i => i.closest('.cell')?.id || i.src.slice(0, 60)),
-    broken: [...document.images].filter(i => !i.naturalWidth).length})"""
+VISIT = """async () => {
+    const images = [...document.images], decoded = await Promise.allSettled(images.map(i => { i.loading = 'eager'; return i.decode() }))
+    return {maths: document.querySelectorAll('.math').length, typeset: document.querySelectorAll('.math .katex').length,
+        wrong: document.querySelectorAll('.katex-error').length, broken: decoded.filter(d => d.status == 'rejected').length,
+        silent: images.filter(i => !i.alt.trim()).map(i => i.closest('.cell')?.id || i.src.slice(0, 60))} }"""
 
 @pytest.fixture(scope='module')
 def visits(site, address, tab):

@@ -1,4 +1,4 @@
-// What the pages do besides smalldocs: a search that ranks, and keys that reach whatever scrolls
+// What the pages do besides smalldocs: a search that ranks, a list of chapters that shows this one, and keys that reach whatever scrolls
 (() => {
   // A section is found when it holds all words. Its title counts most, then the phrase, then how often the words occur;
   // a page that is about it helps, and so does an early chapter; exercises and reading lists come last. Fuse, which forgives typing errors, answers when nothing holds them all
@@ -26,6 +26,9 @@
       return hits.sort((a, b) => b.score - a.score).slice(0, opts.limit);
     }
   };
+
+  const side = document.querySelector("#quarto-sidebar"), here = side && side.querySelector("[aria-current]");
+  if (here) side.scrollTop = here.offsetTop - side.clientHeight / 2;       // the chapter one reads is in view, however long the list
 
   const scrollers = () => document.querySelectorAll("main :is(pre, .sd-table, .cell-output-display, .math.display, .katex-display)");
   const reach = () => scrollers().forEach((e) => { if (e.scrollWidth > e.clientWidth) e.tabIndex = 0; else e.removeAttribute("tabindex"); });
