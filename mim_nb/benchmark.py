@@ -343,24 +343,25 @@ mim_benchmark_cli = command(mim_benchmark, 'methods')
 #| eval: false
 if __name__=='__main__': sys.exit(mim_benchmark_cli())
 
-# %% ../nbs/19_benchmark.ipynb #0000003a
+# %% ../nbs/19_benchmark.ipynb #0000003e
 def schedule(
     method,          # a key of `methods`
     preset='base',   # a key of its `presets`
     images=1_281_167,# in the training set; ImageNet's
+    **overrides      # see `create`
 )->dict:             # the recipe in steps
     "A recipe as numbers of steps, rates and patches"
-    m,r = fresh(method, preset, 'meta'),get_method(method).recipes[preset]
+    m,r = fresh(method, preset, 'meta', **overrides),get_method(method).recipes[preset]
     per_epoch = images//r['batch_size']
     if not per_epoch: raise ValueError(f"a batch of {r['batch_size']} cannot be filled from {images} images: give more images, or take a smaller preset than {preset}")
     return dict(method=method, preset=preset, epochs=r['epochs'], batch=r['batch_size'], steps=max(1, round(r['epochs']*per_epoch)), warmup=round(r['warmup_epochs']*per_epoch),
-                lr=r['lr'], min_lr=r['min_lr'], hidden=hidden_patches(m), patches=m.num_patches, parameters=sum(p.numel() for n,p in m.named_parameters() if n.split('.')[0] not in m.frozen))
+                lr=r['lr'], min_lr=r['min_lr'], hidden=hidden_patches(m), patches=m.num_patches, parameters=sum(p.numel() for p in m.parameters() if p.requires_grad))
 
 def say_schedule(s): # from `schedule`
-    return (f"{s['method']} {s['preset']}: {s['parameters']/1e6:.1f} million parameters, {s['epochs']:g} epochs, {s['steps']:,} steps of {s['batch']} images, {s['warmup']:,} of them to warm up to "
+    return (f"{s['method']} {s['preset']}: {s['parameters']/1e6:.1f} million parameters to train, {s['epochs']:g} epochs, {s['steps']:,} steps of {s['batch']} images, {s['warmup']:,} of them to warm up to "
             f"a rate of {s['lr']:.3g}, which ends at {s['min_lr']:.3g}; hides {s['hidden']} of {s['patches']} patches")
 
-# %% ../nbs/19_benchmark.ipynb #0000003d
+# %% ../nbs/19_benchmark.ipynb #00000041
 def gpu_days(
     images_per_second, # of one card
     method,            # a key of `methods`

@@ -49,7 +49,7 @@ def step_times(method, preset, batch, n):
     return [(as_before(), cpu_ms(step)) for _ in range(n+2)][2:]
 
 def main(out):
-    found = dict(machine=machine(torch.device('cpu')), command='python tools/places.py', images=B, patches=L, hidden=hide, width=D, pieces=[], steps=[])
+    found = dict(machine=machine(torch.device('cpu')), command=f'python tools/places.py {out}', images=B, patches=L, hidden=hide, width=D, pieces=[], steps=[])
     for what,a,old,b,new in pieces():
         times = [(cpu_ms(old), cpu_ms(new)) for _ in range(23)][3:]
         found['pieces'].append(dict(what=what, old=a, old_ms=median(t[0] for t in times), new=b, new_ms=median(t[1] for t in times)))
