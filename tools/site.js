@@ -32,7 +32,7 @@
 
   const scrollers = () => document.querySelectorAll("main :is(pre, .sd-table, .cell-output-display, .math.display, .katex-display)");
   const reach = () => scrollers().forEach((e) => { if (e.scrollWidth > e.clientWidth) e.tabIndex = 0; else e.removeAttribute("tabindex"); });
-  window.addEventListener("load", reach);
+  window.addEventListener("load", () => { reach(); document.fonts.ready.then(reach); });      // formulas are as wide as their letters
   window.addEventListener("resize", reach);
   document.addEventListener("toggle", reach, true);     // what was folded away had no width
 })();
