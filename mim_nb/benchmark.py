@@ -12,6 +12,7 @@ __all__ = ['forward_flops', 'tokenizers', 'parts', 'defaults', 'mim_benchmark_cl
 # %% ../nbs/19_benchmark.ipynb #00000003
 import math, sys, time, torch
 from contextlib import contextmanager, nullcontext
+from fastcore.imports import IN_NOTEBOOK
 from pathlib import Path
 from statistics import median
 from torch import nn
@@ -341,7 +342,7 @@ mim_benchmark_cli = command(mim_benchmark, 'methods')
 
 # %% ../nbs/19_benchmark.ipynb #0000002c
 #| eval: false
-if __name__=='__main__': sys.exit(mim_benchmark_cli())
+if __name__=='__main__' and not IN_NOTEBOOK: sys.exit(mim_benchmark_cli())
 
 # %% ../nbs/19_benchmark.ipynb #0000003e
 def schedule(
