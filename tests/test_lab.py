@@ -85,3 +85,4 @@ def test_run_all_passes_over_what_tests_skip():
             if not re.search(r'^#\|\s*(slow|cuda|notest|eval:\s*false)', code, re.M): continue
             body = ast.parse(TransformerManager().transform_cell(code)).body
             assert all(isinstance(o, GUARDED) for o in body), f'{path.name}: {code[:80]}'
+            assert '__main__' not in code or 'IN_NOTEBOOK' in code, f'{path.name}: a notebook is called __main__, too'
