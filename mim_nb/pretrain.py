@@ -10,6 +10,7 @@ __all__ = ['tokenizer_recipe', 'min_steps', 'mim_pretrain_cli', 'settings', 'ope
 import json, os, platform, statistics, sys, time
 from inspect import signature
 import timm, torch
+from fastcore.imports import IN_NOTEBOOK
 from pathlib import Path
 from .augment import Augment, resize
 from .checkpoints import save_encoder
@@ -239,4 +240,4 @@ mim_pretrain_cli = command(mim_pretrain, 'method')
 
 # %% ../nbs/17_pretrain.ipynb #00000018
 #| eval: false
-if __name__=='__main__': sys.exit(mim_pretrain_cli())
+if __name__=='__main__' and not IN_NOTEBOOK: sys.exit(mim_pretrain_cli())
