@@ -1,5 +1,5 @@
 "The site in a real browser: what a reader sees, hears, clicks and looks for"
-import functools, shutil, subprocess, sys, threading
+import functools, subprocess, sys, threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 import pytest
@@ -36,13 +36,10 @@ def tab(context):
     return page
 
 @pytest.fixture(scope='module')
-def axe(request):
-    "The code of axe-core, from npm once"
-    folder = request.config.cache.mkdir(AXE.replace('@', '-'))
-    if not (folder/'axe.min.js').exists():
-        try: shutil.copy(npm_pack(AXE, folder)/'axe.min.js', folder)
-        except (OSError, subprocess.SubprocessError) as e: pytest.skip(f'`npm pack {AXE}` failed: {type(e).__name__}')
-    return (folder/'axe.min.js').read_text()
+def axe(tmp_path_factory):
+    "The code of axe-core, from npm, which keeps what it fetched once"
+    try: return (npm_pack(AXE, tmp_path_factory.mktemp('axe'))/'axe.min.js').read_text()
+    except (OSError, subprocess.SubprocessError) as e: pytest.skip(f'`npm pack {AXE}` failed: {type(e).__name__}')
 
 VISIT = """async () => {
     const images = [...document.images], decoded = await Promise.allSettled(images.map(i => { i.loading = 'eager'; return i.decode() }))
