@@ -205,7 +205,7 @@ def _take_home(m, out, held, metrics, loss, device):
 # %% ../nbs/17_pretrain.ipynb #00000017
 def mim_pretrain(
     method:str=None,    # how to pretrain (may be the first word); default: beit
-    data:str=None,      # fashion_mnist, fashion_mnist_full, a folder of images, or a name that timm.data.create_dataset knows; default: fashion_mnist
+    data:str=None,      # fashion_mnist, fashion_mnist_full, a folder of images or of tar files, a range such as 'shards/{000..127}.tar', or a name that timm.data.create_dataset knows; default: fashion_mnist
     preset:str=None,    # tiny (two CPU cores), small (a GPU), base, large, huge (the papers', where they have them); default: tiny
     epochs:float=None,  # passes over the images; default: the recipe's
     out:str=None,       # folder of the run; default: runs/METHOD
