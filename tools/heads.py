@@ -31,7 +31,7 @@ def spoken(seconds):
 def head(name, seconds, cfg):
     "The two cells below a notebook's title"
     url = f'https://colab.research.google.com/github/{cfg.git_url.split("github.com/")[1]}/blob/{cfg.branch}/{cfg.nbs_path.name}/{name}.ipynb'
-    time = f'Runs in {spoken(seconds)} on one CPU thread. ' if seconds else ''
+    time = f'This notebook runs in {spoken(seconds)} on one CPU thread. ' if seconds else ''
     install = INSTALL.format(fetch=FETCH, lib=cfg.lib_name, url=cfg.git_url, repo=cfg.git_url.split('/')[-1], nbs=cfg.nbs_path.name)
     return [mk_cell(f'*{time}{LINK}{url}).*', 'markdown', id='head'), mk_cell(install, id='install')]
 
