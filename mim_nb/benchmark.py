@@ -6,7 +6,7 @@
 __all__ = ['forward_flops', 'tokenizers', 'parts', 'defaults', 'mim_benchmark_cli', 'block_flops', 'embed_flops', 'decoder_flops',
            'hidden_patches', 'vit_flops', 'beit_flops', 'mcbeit_flops', 'mae_flops', 'saim_flops', 'mixmim_flops',
            'step_flops', 'fresh', 'shapes_only', 'counted_flops', 'silent_step', 'Marks', 'dtype_of', 'matmul_rate',
-           'Step', 'time_steps', 'endless', 'loader_rate', 'benchmark', 'header', 'line', 'try_row', 'mim_benchmark',
+           'Step', 'time_steps', 'something_to_crop', 'benchmark', 'header', 'line', 'try_row', 'mim_benchmark',
            'schedule', 'say_schedule', 'gpu_days']
 
 # %% ../nbs/19_benchmark.ipynb #00000003
@@ -26,6 +26,7 @@ from .data import ImageSet, batches, load_like
 from .masks import num_hidden
 from .methods import create, get_method, methods, nearest
 from .pretrain import machine
+from .shards import loading_speed
 from .tokenizers import DVAE
 from .train import get_device, param_groups, step_seed, write_json
 
@@ -224,23 +225,14 @@ def time_steps(
     return sorted(found, key=lambda f: sum(f.values()))[len(found)//2]
 
 # %% ../nbs/19_benchmark.ipynb #00000020
-def endless(
+def something_to_crop(
     m,         # a method
-    batch,     # images a step
-    device,    # where they go
+    batch,     # images of noise
     data=None, # as for `load_data`; None: noise, held in memory
-    workers=4, # processes that decode
-):             # gives `(images uint8, labels)`, for ever
-    "Batches for a method, somewhat larger than what it sees, so that there is something to crop"
+):             # a set that `batches` takes
+    "Images for a method, somewhat larger than what it sees"
     side = round(m.img_size[0]*8/7)
-    noise = lambda: ImageSet(torch.randint(0, 256, (batch, m.in_chans, side, side), dtype=torch.uint8))
-    return batches(load_like(data, 'train', side, m.in_chans) if data else noise(), batch, device=device, workers=workers)
-
-def loader_rate(stream, batch, steps):
-    "Images a second that come if nobody else does anything"
-    next(stream); start = time.perf_counter()
-    for _ in range(steps): next(stream)
-    return batch*steps/(time.perf_counter()-start)
+    return load_like(data, 'train', side, m.in_chans) if data else ImageSet(torch.randint(0, 256, (batch, m.in_chans, side, side), dtype=torch.uint8))
 
 # %% ../nbs/19_benchmark.ipynb #00000022
 defaults = dict(cuda=dict(tiny=(512,20), small=(512,10), base=(256,10), other=(128,10)),          # images a step, steps of a window
@@ -254,8 +246,8 @@ def benchmark(
     rate=None,       # from `matmul_rate`; None: measured now
     steps=None,      # of a window; None: see `defaults`
     compile=False,   # through `torch.compile`
-    data=None,       # see `endless`
-    workers=4,       # likewise
+    data=None,       # see `something_to_crop`
+    workers=4,       # processes that decode
     tokenizer='dvae',# see `fresh`
     clock=time.perf_counter, # of a CPU
 )->dict:             # a row of the table
@@ -267,7 +259,8 @@ def benchmark(
     torch.manual_seed(0)
     m,shape = (fresh(method, preset, where, tokenizer) for where in (device, 'meta'))
     recipe,rate = get_method(method).recipes[preset],rate or matmul_rate(device, clock=clock)
-    stream = endless(m, batch, device, data, workers)
+    images = something_to_crop(m, batch, data)
+    stream = batches(images, batch, device=device, workers=workers)
     if kind=='cuda': torch.cuda.reset_peak_memory_stats(device)
     ms = time_steps(Step(m, recipe, device, Augment(m.img_size[0], **recipe['augment']), compile), stream, steps, clock=clock)
     total,own,counted = sum(ms.values()),step_flops(method, shape),counted_flops(shape)
@@ -276,7 +269,7 @@ def benchmark(
                 peak_memory=torch.cuda.max_memory_allocated(device) if kind=='cuda' else None,
                 flops=dict(formula=own, counted=counted['model'], target=counted['target']),
                 utilisation=used(parts), utilisation_apart=used(parts[2:]),
-                loader_images_per_second=loader_rate(stream, batch, steps) if data else None)
+                loader_images_per_second=loading_speed(images, batch, workers, device=device) if data else None)
 
 # %% ../nbs/19_benchmark.ipynb #00000029
 def header(): return f"{'method':<9}{'preset':<7}{'batch':>6}{'images/s':>10}{'ms/step':>10}" + ''.join(f'{p:>10}' for p in parts) + f"{'GB':>7}{'GFLOP':>8}{'used':>7}{'apart':>7}"
