@@ -19,10 +19,11 @@ from .patches import patch_grid
 # %% ../nbs/08_beit.ipynb #0000000b
 @torch.no_grad()
 def beit_init(
-    m:nn.Module # a BEiT
+    m:nn.Module, # a BEiT
+    std=.02,     # of normal numbers that are then cut at ±std
 ):
-    "The authors' initialisation: normal with std .02 cut at ±.02, later blocks scaled down"
-    tn = partial(trunc_normal_, std=.02, a=-.02, b=.02)
+    "The authors' initialisation, with their std of .02: a cut normal distribution, later blocks scaled down"
+    tn = partial(trunc_normal_, std=std, a=-std, b=std)
     for l in [*m.encoder.modules(), m.head]:
         if isinstance(l, (nn.Linear, nn.Conv2d)):
             tn(l.weight)
@@ -35,7 +36,7 @@ class BEiT(MIM):
     "Predict the visual tokens of hidden blocks (arXiv 2106.08254)"
     frozen = 'tokenizer',
     presets = dict(
-        tiny =dict(img_size=28, patch_size=4, in_chans=1, embed_dim=96, depth=4, num_heads=3, vocab_size=256),
+        tiny =dict(img_size=28, patch_size=4, in_chans=1, embed_dim=96, depth=4, num_heads=3, vocab_size=256, init_std=.1),
         small=dict(img_size=28, patch_size=4, in_chans=1, embed_dim=384, depth=8, num_heads=6, vocab_size=512, init_values=.1, drop_path=.1),
         base =dict(img_size=224, patch_size=16, in_chans=3, embed_dim=768, depth=12, num_heads=12, vocab_size=8192, drop_path=.1),
         large=dict(img_size=224, patch_size=16, in_chans=3, embed_dim=1024, depth=24, num_heads=16, vocab_size=8192, drop_path=.1, init_values=1e-5))
@@ -61,6 +62,7 @@ class BEiT(MIM):
         tokenizer=None,      # gives `ids(images)`, long (B,L), in [0,V); needed unless `target` is given
         mean=None, std=None, # of the encoder's normalisation, see `MIM`
         shared_bias=True,    # one table of position biases for all layers; False: one a layer, as in fine-tuned weights
+        init_std=.02,        # of the first weights, see `beit_init`
     ):
         patch_grid(img_size, patch_size)                  # says so if they do not fit
         encoder = Beit(img_size, patch_size, in_chans, num_classes=0, global_pool='token', embed_dim=embed_dim, depth=depth,
@@ -72,7 +74,7 @@ class BEiT(MIM):
         if not 0<mask_ratio<1: raise ValueError(f"mask_ratio must lie between 0 and 1, got {mask_ratio}")
         self.num_masked,self.min_block = round(self.num_patches*mask_ratio),min_block or max(1, round(self.num_patches*16/196))
         self.set_tokenizer(tokenizer)
-        beit_init(self)
+        beit_init(self, init_std)
 
     def sample_mask(self, n, generator=None):
         return block_mask(n, self.grid, self.num_masked, self.min_block, generator=generator, device=self.device)
