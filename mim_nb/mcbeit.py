@@ -32,9 +32,13 @@ def cross_entropies(
     tau,    # temperature of the choices
 )->torch.Tensor: # (hidden,L)
     "Cross-entropy of each prediction with the choices of every patch of its image"
-    one = lambda q,t: q.logsumexp(-1, keepdim=True) - q @ (t/tau).softmax(-1).T     # -p·log q, as p sums to 1
-    pairs = zip(pred.split(places(mask).counts), target.float())
-    return torch.cat([checkpoint(one, q, t, use_reentrant=False, preserve_rng_state=False) for q,t in pairs])
+    def some(q, t):
+        q = q.unflatten(0, (len(t), -1))
+        return (q.logsumexp(-1, keepdim=True) - q @ (t/tau).softmax(-1).mT).flatten(0, 1)     # -p·log q, as p sums to 1
+    counts = places(mask).counts
+    n = max(1, 2**23//target[0].numel()) if len(set(counts))==1 else 1                        # images at a time, if all hide equally many
+    pairs = zip(pred.split([sum(counts[i:i+n]) for i in range(0, len(counts), n)]), target.float().split(n))
+    return torch.cat([checkpoint(some, q, t, use_reentrant=False, preserve_rng_state=False) for q,t in pairs])
 
 # %% ../nbs/09_mcbeit.ipynb #00000022
 class McBEiT(BEiT):
