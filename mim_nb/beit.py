@@ -36,7 +36,7 @@ class BEiT(MIM):
     "Predict the visual tokens of hidden blocks (arXiv 2106.08254)"
     frozen = 'tokenizer',
     presets = dict(
-        tiny =dict(img_size=28, patch_size=4, in_chans=1, embed_dim=96, depth=4, num_heads=3, vocab_size=256, init_std=.1),
+        tiny =dict(img_size=28, patch_size=4, in_chans=1, embed_dim=96, depth=4, num_heads=3, vocab_size=256),
         small=dict(img_size=28, patch_size=4, in_chans=1, embed_dim=384, depth=8, num_heads=6, vocab_size=512, init_values=.1, drop_path=.1),
         base =dict(img_size=224, patch_size=16, in_chans=3, embed_dim=768, depth=12, num_heads=12, vocab_size=8192, drop_path=.1),
         large=dict(img_size=224, patch_size=16, in_chans=3, embed_dim=1024, depth=24, num_heads=16, vocab_size=8192, drop_path=.1, init_values=1e-5))

@@ -14,7 +14,7 @@ def budget(tmp_path_factory):
     for c,level in (('bright', 170), ('dark', 40)):
         (data/c).mkdir()
         for i in range(60): Image.fromarray(rng.integers(level-40, level+40, (28,28), np.uint8)).save(data/c/f'{i:02}.png')
-    return dict(data=str(data), epochs=1, recipe='tiny', finetune={'1': 2, '.1': 2})
+    return dict(data=str(data), epochs=1, recipe='tiny', finetune={'1': 2, '.1': 2}, model=dict(mae=dict(depth=3)))
 
 @pytest.fixture(scope='module')
 def out(budget, tmp_path_factory):
@@ -27,7 +27,7 @@ def out(budget, tmp_path_factory):
 
 def test_a_task_measures_everything(out):
     mae,scratch = (json.loads((out/f'{n}_0'/'compare.json').read_text()) for n in ('mae','scratch'))
-    assert len(mae['layers'])==4 and set(mae['best'])=={'knn','linear'} and all(0<=l<4 for l in mae['best'].values())
+    assert len(mae['layers'])==3 and set(mae['best'])=={'knn','linear'} and all(0<=l<3 for l in mae['best'].values())
     assert set(mae['finetune'])==set(scratch['finetune'])=={'1','.1'}
     assert mae['finetune']['1']==1. and mae['layers'][mae['best']['linear']]['linear']==1.        # dark or bright: that much anybody learns
     assert len(mae['processor_seconds'])==2 and len(scratch['processor_seconds'])==1 and 'layers' not in scratch
