@@ -14,7 +14,7 @@ def budget(tmp_path_factory):
     for c,level in (('bright', 170), ('dark', 40)):
         (data/c).mkdir()
         for i in range(60): Image.fromarray(rng.integers(level-40, level+40, (28,28), np.uint8)).save(data/c/f'{i:02}.png')
-    return dict(data=str(data), epochs=1, recipe='tiny', finetune={'1': 2, '.1': 2}, model=dict(mae=dict(depth=3)))
+    return dict(preset='tiny', data=str(data), epochs=1, recipe='tiny', finetune={'1': 2, '.1': 2}, model=dict(mae=dict(depth=3)))
 
 @pytest.fixture(scope='module')
 def out(budget, tmp_path_factory):

@@ -1,10 +1,12 @@
 "Every exercise has a hint that unfolds and a solution of its own, and every solution leads back to its chapter"
-import json, re
+import json, re, sys
 from itertools import dropwhile, islice, takewhile
 from pathlib import Path
 import pytest
 
 NBS = Path(__file__).parents[1]/'nbs'
+sys.path.insert(0, str(NBS.parent/'tools'))
+from thumbs import page
 
 def source(cell): return ''.join(cell['source'])
 def cells(path): return json.loads(path.read_text())['cells']
@@ -37,7 +39,7 @@ def test_every_exercise_has_a_hint_and_a_solution(chapter):
     items = exercises(TRY[chapter])
     assert items
     for i,item in enumerate(items, 1):
-        name = re.sub(r'^\d+[a-zA-Z0-9]*_', '', chapter).replace('_', '-')
+        name = page(chapter).replace('_', '-')
         hint = re.search(r'\n\s*<details><summary>Hint</summary>\n\n(.+?)\n\n\s*\[Solution\]\((\S+\.ipynb)#(\S+)\)\n\n\s*</details>', item, re.S)
         assert hint, f'{chapter}: exercise {i} lacks a hint or a link to a solution: {item[:80]}'
         assert hint[3]==f'{name}-{i}' and hint[3] in anchors(NBS/hint[2]), f'{chapter}: exercise {i} links to {hint[2]}#{hint[3]}, which is not there'

@@ -5,10 +5,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT/'tools'))
 from linkcheck import check
+from thumbs import page
 
 CHAPTERS = sorted(p.stem for p in (ROOT/'nbs').glob('*.ipynb'))
-
-def page(stem): return re.sub(r'^\d+[a-zA-Z0-9]*_', '', stem)
 
 def test_every_notebook_has_a_page(site):
     assert [s for s in CHAPTERS if not (site/f'{page(s)}.html').exists()]==[]

@@ -1,6 +1,7 @@
 """Every method on one budget, examined in one way: the numbers of nbs/16b_compare.ipynb
 
     python tools/compare.py                                        # two CPU cores, the shipped images
+    python tools/compare.py --budget wider --names beit,mcbeit,scratch_beit --out runs/compare_wider      # with larger first weights
     python tools/compare.py --budget small --out runs/compare_small --jobs 1      # a GPU, all of Fashion-MNIST
 
 A stopped comparison goes on where it was when the same command is given again. The result is results/compare_BUDGET_DEVICE.json.
@@ -17,10 +18,11 @@ from mim_nb.methods import create, methods
 from mim_nb.pretrain import get_tokenizer, machine, pretrain, settings
 from mim_nb.train import get_device, read_log, write_json
 
-# epochs of pretraining, the recipe of fine-tuning, its epochs by the share of the labels, and where a model differs from its preset:
-# BEiT's first weights of .02 are for 768 numbers a token, and at 96 they hold it back (nbs/16b_compare.ipynb)
-budgets = dict(tiny =dict(data='fashion_mnist',      epochs=4,  recipe='tiny',  finetune={'1': 2,  '.1': 10, '.01': 30}, model={n: dict(init_std=.1) for n in ('beit','mcbeit')}),
-               small=dict(data='fashion_mnist_full', epochs=20, recipe='small', finetune={'1': 10, '.1': 60, '.01': 300}, model={}))
+# the methods' preset, epochs of pretraining, the recipe of fine-tuning, its epochs by the share of the labels, and where a model differs from its preset
+_tiny = dict(preset='tiny', data='fashion_mnist', epochs=4, recipe='tiny', finetune={'1': 2, '.1': 10, '.01': 30}, model={})
+budgets = dict(tiny=_tiny,
+               wider=dict(_tiny, model={n: dict(init_std=.1) for n in ('beit','mcbeit')}),      # .02 is for 768 numbers a token, see nbs/16b_compare.ipynb
+               small=dict(preset='small', data='fashion_mnist_full', epochs=20, recipe='small', finetune={'1': 10, '.1': 60, '.01': 300}, model={}))
 # no method: supervised training alone of the encoder that MAE, DeepMIM and SAIM share, of BEiT's and mc-BEiT's, and of MixMIM's
 scratch = {'scratch': 'mae', 'scratch_beit': 'beit', 'scratch_mixmim': 'mixmim'}
 
@@ -59,9 +61,9 @@ def one(name, seed, budget, out, device):
     torch.manual_seed(seed)
     if name in scratch:
         folder.mkdir(parents=True, exist_ok=True)
-        row,spent = trained(create(scratch[name], budget, **model), train, test, b, seed, device),[]
+        row,spent = trained(create(scratch[name], b['preset'], **model), train, test, b, seed, device),[]
     else:
-        config = settings(name, budget, model=model, recipe=dict(epochs=b['epochs']), data=b['data'], seed=seed)
+        config = settings(name, b['preset'], model=model, recipe=dict(epochs=b['epochs']), data=b['data'], seed=seed)
         has_tokenizer = hasattr(methods[name], 'set_tokenizer')
         begun,done = (folder/'config.json').exists(),folder/'processor_seconds.json'
         if not (folder/'metrics.json').exists():
@@ -69,18 +71,19 @@ def one(name, seed, budget, out, device):
             write_json(done, time.process_time()-start)
         spent,start = [json.loads(done.read_text())],time.process_time()
         encoder,metrics = load_encoder(folder).to(get_device(device)),json.loads((folder/'metrics.json').read_text())
-        row = dict(before=metrics['before'], **examined(encoder, train, test, seed), **cost(name, budget), **trained(encoder, train, test, b, seed, device),
+        row = dict(before=metrics['before'], **examined(encoder, train, test, seed), **cost(name, b['preset']), **trained(encoder, train, test, b, seed, device),
                    loss=[[r['epoch'], round(r['loss'], 4)] for r in read_log(folder)])
     write_json(folder/'compare.json', dict(method=name, seed=seed, **row, processor_seconds=[*spent, time.process_time()-start]))
 
 def tokenizer(seed, budget, out, device):
     "The dVAE that BEiT and mc-BEiT share"
+    b = budgets[budget]
     torch.manual_seed(seed)
-    get_tokenizer(create('beit', budget).to(get_device(device)), load_data(budgets[budget]['data']), settings('beit', budget, seed=seed), out/f'tokenizer_{seed}', device=device)
+    get_tokenizer(create('beit', b['preset']).to(get_device(device)), load_data(b['data']), settings('beit', b['preset'], seed=seed), out/f'tokenizer_{seed}', device=device)
 
 @call_parse
 def main(
-    budget:str='tiny',       # tiny or small: a preset of all methods, and what is spent on it
+    budget:str='tiny',       # tiny, wider or small: a preset of all methods, and what is spent on it
     seeds:str='0,1,2',       # separated by commas
     names:str=None,          # methods, separated by commas; default: all, and all from scratch
     out:str='runs/compare',  # where runs go
@@ -93,6 +96,7 @@ def main(
     if only:
         name,seed = only.split(':')
         return tokenizer(int(seed), budget, out, device) if name=='tokenizer' else one(name, int(seed), budget, out, device)
+    chosen = f' --names {names}' if names else ''
     seeds,names,start = [int(s) for s in seeds.split(',')],names.split(',') if names else [*methods, *scratch],time.time()
     files = {f'tokenizer:{s}': out/f'tokenizer_{s}'/'config.json' for s in seeds}
     results = {f'{n}:{s}': out/f'{n}_{s}'/'compare.json' for s in seeds for n in names}
@@ -106,7 +110,7 @@ def main(
         list(pool.map(run, files)); list(pool.map(run, results))
     device = get_device(device)
     rows = [json.loads(f.read_text()) for f in results.values()]
-    command = f"python tools/compare.py --budget {budget} --seeds {','.join(map(str, seeds))} --jobs {jobs}"
+    command = f"python tools/compare.py --budget {budget} --seeds {','.join(map(str, seeds))}{chosen} --jobs {jobs}"
     file = Path(__file__).parents[1]/'results'/f'compare_{budget}_{device.type}.json'
     write_json(file, dict(command=command, budget=budgets[budget], machine=machine(device), rows=rows))
     print(f'written to {file}')

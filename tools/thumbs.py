@@ -18,7 +18,7 @@ ul.map :is(img, .nothumb) { display: block; width: 100%; height: auto; aspect-ra
 ul.map .nothumb { display: grid; place-items: center; font: 1.6rem monospace; color: var(--bs-secondary-color) } ul.map .nothumb::after { content: '$ _' }
 </style>"""
 
-def page(nb): return re.sub(r'^\d+[a-zA-Z0-9]*_', '', Path(nb).stem)+'.html'      # as the site names it
+def page(nb): return re.sub(r'^\d+[a-zA-Z0-9]*_', '', Path(nb).stem)      # a notebook's name on the site: 08_beit.ipynb is beit
 
 def figures(nb):
     "The PNG figures of a notebook, in order"
@@ -44,9 +44,9 @@ def chapters(nbs):
     return [re.findall(r'^\| \[(.+?)\]\((\S+?\.ipynb)\) \| (.+?) \|$', m, re.M) for m in maps]
 
 def card(title, nb, line, nbs, site):
-    to = site/'thumbs'/f'{page(nb)[:-5]}.png'
+    to = site/'thumbs'/f'{page(nb)}.png'
     image = f'<img src="thumbs/{to.name}" width="{SIZE[0]}" height="{SIZE[1]}" loading="lazy" alt="A figure of this chapter">' if thumbnail(nbs/nb, to) else '<span class="nothumb"></span>'
-    return f'<li><a href="{page(nb)}">{image}<strong>{escape(title)}</strong></a><span>{escape(line)}</span></li>'
+    return f'<li><a href="{page(nb)}.html">{image}<strong>{escape(title)}</strong></a><span>{escape(line)}</span></li>'
 
 def put_map(nbs, site):
     "Write the thumbnails, and put the cards in the place of the tables of the built front page; how many there are"
