@@ -72,6 +72,7 @@ class BEiT(MIM):
         super().__init__(encoder, mean, std)
         self.mask_token,self.head = nn.Parameter(torch.zeros(1, 1, embed_dim)),nn.Linear(embed_dim, vocab_size)
         if not 0<mask_ratio<1: raise ValueError(f"mask_ratio must lie between 0 and 1, got {mask_ratio}")
+        if not init_std>0: raise ValueError(f"init_std must be greater than 0, got {init_std}: the authors take .02")
         self.num_masked,self.min_block = round(self.num_patches*mask_ratio),min_block or max(1, round(self.num_patches*16/196))
         self.set_tokenizer(tokenizer)
         beit_init(self, init_std)

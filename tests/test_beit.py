@@ -95,3 +95,12 @@ def test_parity_on_cuda():
     assert close(out.pred.cpu(), FIX['out/logits_masked'])
     for k,g in GRADS.items(): assert close(dict(m.named_parameters())[official_name(BEiT, k)].grad.cpu(), g), k
     with torch.autocast('cuda', torch.bfloat16): assert m(x, mask, target).loss.isfinite()
+
+def test_first_weights_grow_with_init_std():
+    "All that is drawn is five times as large, and nothing else differs"
+    def fresh(std): torch.manual_seed(0); return dict(BEiT(embed_dim=32, depth=2, num_heads=2, init_std=std).named_parameters())
+    small,large = fresh(.02),fresh(.1)
+    for n,p in small.items():
+        drawn = p.ndim>1 and 'bias' not in n
+        torch.testing.assert_close(large[n], 5*p if drawn else p)
+        if drawn: assert 0<p.abs().max()<=.02
