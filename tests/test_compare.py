@@ -61,3 +61,13 @@ def test_costs_are_counted():
     c = {n: compare.cost(n, 'tiny') for n in ('mae','beit')}
     assert c['mae']['encoder_gflops']==pytest.approx(c['beit']['encoder_gflops'], rel=.1)
     assert c['mae']['step_gflops']<c['beit']['step_gflops']                                       # three quarters of the patches never enter
+
+def test_each_budget_has_a_folder_and_a_command_of_its_own(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path); (tmp_path/'results').mkdir()
+    monkeypatch.setattr(compare, '__file__', str(tmp_path/'tools'/'compare.py'))
+    for budget in ('tiny','wider'):
+        for task in ('tokenizer_0/config.json', 'mae_0/compare.json'):
+            file = tmp_path/'runs'/f'compare_{budget}'/task; file.parent.mkdir(parents=True); file.write_text(json.dumps(dict(budget=budget)))
+        compare.main(budget=budget, seeds='0', names='mae', device='cpu')
+        result = json.loads((tmp_path/'results'/f'compare_{budget}_cpu.json').read_text())
+        assert result['rows']==[dict(budget=budget)] and f'--budget {budget} --seeds 0 --names mae' in result['command']

@@ -1,8 +1,8 @@
 """Every method on one budget, examined in one way: the numbers of nbs/16b_compare.ipynb
 
     python tools/compare.py                                        # two CPU cores, the shipped images
-    python tools/compare.py --budget wider --names beit,mcbeit,scratch_beit --out runs/compare_wider      # with larger first weights
-    python tools/compare.py --budget small --out runs/compare_small --jobs 1      # a GPU, all of Fashion-MNIST
+    python tools/compare.py --budget wider --names beit,mcbeit,scratch_beit      # with larger first weights
+    python tools/compare.py --budget small --jobs 1      # a GPU, all of Fashion-MNIST
 
 A stopped comparison goes on where it was when the same command is given again. The result is results/compare_BUDGET_DEVICE.json.
 """
@@ -86,13 +86,13 @@ def main(
     budget:str='tiny',       # tiny, wider or small: a preset of all methods, and what is spent on it
     seeds:str='0,1,2',       # separated by commas
     names:str=None,          # methods, separated by commas; default: all, and all from scratch
-    out:str='runs/compare',  # where runs go
+    out:str=None,            # where runs go; default: runs/compare_BUDGET
     jobs:int=2,              # processes at a time, of one thread each
     device:str='auto',       # auto, cpu, cuda
     only:str=None,           # one task, such as mae:0 (what the processes are given)
 ):
     "Compare all methods on one budget"
-    out = Path(out); out.mkdir(parents=True, exist_ok=True)
+    out = Path(out or f'runs/compare_{budget}'); out.mkdir(parents=True, exist_ok=True)
     if only:
         name,seed = only.split(':')
         return tokenizer(int(seed), budget, out, device) if name=='tokenizer' else one(name, int(seed), budget, out, device)

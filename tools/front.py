@@ -20,7 +20,7 @@ MASK_SEED = 4
 
 def run(name):
     "The folder of a method's run: one of the comparison, if that has as many epochs, or our own"
-    compared = ROOT/'runs'/'compare'/f'{name}_0'
+    compared = ROOT/'runs'/'compare_tiny'/f'{name}_0'
     same = (compared/'metrics.json').exists() and Run(compared, 'cpu').config['recipe']['epochs']==EPOCHS[name]
     return compared if same else ROOT/'runs'/'front'/name
 
