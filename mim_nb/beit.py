@@ -12,7 +12,7 @@ from functools import partial
 from timm.layers import LayerNorm, trunc_normal_
 from timm.models.beit import Beit
 from torch import nn
-from .arguments import check_choice, check_number, check_sides, check_transformer, check_whole, one_or_pair
+from .arguments import check_choice, check_grid, check_number, check_sides, check_transformer, check_whole, one_or_pair
 from .masks import block_mask, make_mask, pick
 from .mim import MIM
 from .patches import patch_grid
@@ -66,7 +66,7 @@ class BEiT(MIM):
         init_std=.02,        # of the first weights, see `beit_init`
     ):
         check_sides(img_size=img_size, patch_size=patch_size)
-        patch_grid(img_size, patch_size)                  # an error if they do not fit
+        check_grid(patch_grid(img_size, patch_size))
         heads = max(1, embed_dim//64) if num_heads is None else num_heads
         check_transformer(embed_dim, depth, heads, drop_path)
         check_whole(1, 2**12, in_chans=in_chans)

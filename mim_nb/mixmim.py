@@ -126,11 +126,11 @@ class MixMIM(MIM):
         n=None, # images that it is for
     ):
         "The mask as the steps take it, or one clear sentence for a batch without pairs or a mask that does not fit"
-        if not isinstance(mask, Cells): mask = make_cells(mask).to(self.device)
-        if len(mask.partner)!=self.num_patches:
-            raise ValueError(f"the mask must be bool with one entry for each of the {self.num_patches} cells, True = from the partner, the same for the whole batch; got {len(mask.partner)}")
+        partner = mask.partner if isinstance(mask, Cells) else mask
+        if partner.dtype!=torch.bool or tuple(partner.shape)!=(self.num_patches,):
+            raise ValueError(f"the mask must be bool with one entry for each of the {self.num_patches} cells, True = from the partner, the same for the whole batch; got {partner.dtype} {tuple(partner.shape)}")
         if n is not None and n%2: raise ValueError(f"MixMIM mixes images in pairs, and {n} cannot be paired: give an even number of images, for instance an even batch size")
-        return mask
+        return mask if isinstance(mask, Cells) else make_cells(partner).to(self.device)
 
     def encode(self, x, mask):
         e,masks = self.encoder,stage_masks(mask.partner, self.encoder.grids)
