@@ -170,8 +170,6 @@ def _ours(folder):
     found = {p.name for p in folder.iterdir()}
     with suppress(ValueError): return found<={_sums, *_read_sums(folder)}
     return not found
-
-# %% ../nbs/00d_files.ipynb #582b1eb3
 def recover(
     folder, # a folder that `write_folder` writes
 ):
