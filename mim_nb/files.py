@@ -81,8 +81,7 @@ def write_whole(
 ):
     "Write a file so that it appears whole or not at all"
     path = Path(path).resolve()
-    if path.exists() and not path.is_file():
-        raise OSError(f"could not write {path}: it is no ordinary file; name another file")
+    if path.exists() and not path.is_file(): raise OSError(f"{path} is no file: name another")
     with errors_in_words(f"could not write {path}", "what was there before is untouched"):
         tmp = _temporary(path.parent)
         f = open(tmp, 'xb')
@@ -102,8 +101,8 @@ def write_weights(
     **metadata, # name -> text, kept in the file's head
 ):
     "Write weights as safetensors, whole or not at all"
-    weights = m if isinstance(m, dict) else m.state_dict()
-    weights = {k: v.detach().cpu().contiguous() for k,v in weights.items()}
+    state = m if isinstance(m, dict) else m.state_dict()
+    weights = {k: v.detach().cpu().contiguous() for k,v in state.items()}
     write_whole(path, lambda f: f.write(save(weights, metadata=metadata or None)))
 
 def _as_json(o, name):
@@ -133,8 +132,7 @@ def read_json(
         if isinstance(found, dict): return found
         why = f"a {type(found).__name__} where an object belongs"
     except (ValueError, OSError, RecursionError) as e: why = e
-    raise ValueError(f"{path} cannot be read as a JSON object ({why}): it may be cut off or edited; "
-                     "make or fetch it again")
+    raise ValueError(f"{path} cannot be read as a JSON object ({why}): make or fetch it again")
 
 # %% ../nbs/00d_files.ipynb #f1031b73
 def digest(
@@ -224,8 +222,8 @@ def check_folder_sums(
     for name in sorted(sums.keys()|there):
         file = folder/name
         if file.is_file() and digest(file)==sums.get(name): continue
-        raise ValueError(f"{file} is damaged or missing: its bytes are not those that {_sums} lists; "
-                         f"fetch or export the folder again, or delete {_sums} if you edited it")
+        raise ValueError(f"{file} is damaged or missing, compared with {_sums}: fetch or export the "
+                         f"folder again, or delete {_sums} if you edited it")
 
 # %% ../nbs/00d_files.ipynb #90460fe6
 @contextmanager

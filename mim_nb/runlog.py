@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['RunLog']
 
-# %% ../nbs/05d_runlog.ipynb #1aeb960e
+# %% ../nbs/05d_runlog.ipynb #c8abaa94
 import math, signal, time, torch
 from .ranks import mean_over_ranks, of_all, ranks
 from .runs import append_row
 
-# %% ../nbs/05d_runlog.ipynb #6a29b158
+# %% ../nbs/05d_runlog.ipynb #4fdbaa6d
 def _board(folder, start):
     try: from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -57,6 +57,18 @@ class RunLog:
         self.n += 1
         for k,v in values.items(): self.total[k] = self.total.get(k, 0) + v
 
+    def save(self,
+        save_ckpt,   # writes a checkpoint
+        step,        # steps done
+        m,           # the module that is trained
+        *others,     # what else a checkpoint holds
+    ):
+        "Save on rank 0, and note the time; weights that are not finite end the run on all ranks"
+        before = time.time()
+        self._check_weights(m, step)
+        if self.folder: save_ckpt(self.folder, step, m, *others)
+        self.save_seconds = time.time()-before
+
     def means(self,
         asked, # whether this rank was asked to stop
     )->tuple:  # means over steps and ranks by name, and whether any rank was asked
@@ -96,10 +108,7 @@ class RunLog:
             value = logs.get(k, 0.)
             if not math.isfinite(value): self._fail(f"{what} became {value} {when}")
 
-    def check_weights(self,
-        m,    # the module that is trained
-        step, # steps done
-    ):
+    def _check_weights(self, m, step):
         "End a run whose weights are not finite, before they are saved"
         floats = [v for v in m.state_dict().values() if v.is_floating_point()]
         finite = torch.stack([v.isfinite().all() for v in floats]).all()

@@ -6,14 +6,14 @@
 __all__ = ['save_ckpt', 'find_ckpts', 'load_ckpt', 'read_log', 'append_row', 'start_run', 'resume_run', 'Stopped',
            'PoliteSignals', 'surviving_output']
 
-# %% ../nbs/05c_runs.ipynb #33149730
+# %% ../nbs/05c_runs.ipynb #466d7d29
 import errno, hashlib, json, os, shutil, signal, sys, threading, torch
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from .files import errors_in_words, sync_folder, write_whole
 from .ranks import ranks
 
-# %% ../nbs/05c_runs.ipynb #5f0a1914
+# %% ../nbs/05c_runs.ipynb #c3e3dcc1
 _mark = b'mim_nb\0\1'
 
 class _Summed:
@@ -43,7 +43,7 @@ def _damage(path):
     if trailer[:8]!=_mark: return "it has no checksum: it was damaged, or made before version 0.2"
     if trailer[8:]!=found.digest(): return "its checksum does not fit: it was damaged"
 
-# %% ../nbs/05c_runs.ipynb #3db6f98b
+# %% ../nbs/05c_runs.ipynb #6663d447
 _kinds = dict(step=int, settings=dict, model=dict, opt=dict)
 
 def _read_ckpt(path):
@@ -58,7 +58,7 @@ def _read_ckpt(path):
     if not good: raise ValueError("it is no checkpoint of a run")
     return ckpt
 
-# %% ../nbs/05c_runs.ipynb #51299047
+# %% ../nbs/05c_runs.ipynb #75036e02
 _no_links = {getattr(errno, n) for n in ('EPERM', 'ENOTSUP', 'ENOSYS', 'EMLINK', 'EINVAL')}
 
 def _keep_as(last, previous):
@@ -93,7 +93,7 @@ def save_ckpt(
             raise
         sync_folder(folder)
 
-# %% ../nbs/05c_runs.ipynb #bd08b9b2
+# %% ../nbs/05c_runs.ipynb #ac0c410c
 def find_ckpts(folder)->list:
     "The checkpoints of a run's folder, newest first"
     return [f for n in ('new', 'last', 'previous') if (f := Path(folder)/f'{n}.ckpt').exists()]
@@ -111,7 +111,7 @@ def load_ckpt(folder)->dict:
             print(f"{f.name} cannot be used ({e}){then}")
     raise ValueError(f"no checkpoint in {folder} can be used: start again in a new folder")
 
-# %% ../nbs/05c_runs.ipynb #9efd58fc
+# %% ../nbs/05c_runs.ipynb #0102e342
 def read_log(folder)->list:
     "The rows of a run's `log.jsonl`; what is no row, or was cut off, is left out"
     f,rows = Path(folder)/'log.jsonl',[]
@@ -138,14 +138,14 @@ def append_row(
             f.truncate(size)
             raise
 
-# %% ../nbs/05c_runs.ipynb #b84edb0b
+# %% ../nbs/05c_runs.ipynb #ef145c7f
 def _check_same(folder, old, new):
     "One sentence if a run is resumed with other settings"
     changed = [k for k in {**old, **new} if old.get(k)!=new.get(k)]
     if not changed: return
-    said = [f"{k} was {old.get(k)!r} and is now {new.get(k)!r}" for k in changed if k!='fingerprint']
-    said = '; '.join(said) or "as many images, but not the same ones"
-    raise ValueError(f"the run in {folder} was started with other settings ({said}): "
+    said = [f"{k} was {old.get(k)!r} and is now {new.get(k)!r}" for k in changed]
+    if changed==['fingerprint']: said = ["as many images, but not the same ones"]
+    raise ValueError(f"the run in {folder} was started with other settings ({'; '.join(said)}): "
                      "resume it with the same ones, or start a new folder")
 
 def _write_log(folder, rows):
@@ -183,7 +183,7 @@ def resume_run(
     _write_log(folder, rows)
     return ckpt['step'],rows
 
-# %% ../nbs/05c_runs.ipynb #5d43a206
+# %% ../nbs/05c_runs.ipynb #c53b370c
 class Stopped(KeyboardInterrupt):
     "Training was stopped by a signal, and has saved its state"
     def __init__(self, msg, signum):
@@ -208,7 +208,7 @@ class PoliteSignals:
     def __exit__(self, *_):
         for s,h in self.old.items(): signal.signal(s, h)
 
-# %% ../nbs/05c_runs.ipynb #e32a3575
+# %% ../nbs/05c_runs.ipynb #6b4a05bd
 class _Surviving:
     "A stream that drops what can no longer be written"
     def __init__(self, stream): self.stream = stream
