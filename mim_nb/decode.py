@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['open_image', 'check_size', 'to_size', 'to_square', 'looks', 'LazySet', 'Selected']
 
-# %% ../nbs/00a_decode.ipynb #79a1c9d2
+# %% ../nbs/00a_decode.ipynb #38d0b682
 import io, operator, warnings
 import numpy as np, torch
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import Dataset
 from .images import ImageSet
 
-# %% ../nbs/00a_decode.ipynb #4a5a7dd8
+# %% ../nbs/00a_decode.ipynb #74ac35cb
 Image.init()
 _formats = [o for o in ('PNG', 'JPEG', 'MPO', 'GIF', 'BMP', 'DIB', 'TIFF', 'WEBP', 'PPM', 'JPEG2000', 'AVIF')
             if o in Image.OPEN]
@@ -30,7 +30,7 @@ def open_image(raw,    # a file's bytes
     im.filename = name
     return im
 
-# %% ../nbs/00a_decode.ipynb #b563277e
+# %% ../nbs/00a_decode.ipynb #39fc4a57
 _dark = ('images of 16 bits with no value above 4095 come out nearly black, since 16 bits are divided by 257: '
          'multiply 12-bit values by 16 before saving them')
 _small = 'images of floats with no value above 1 are taken as shares of white'
@@ -61,7 +61,7 @@ def _on_white(im, notes):
     if im.getextrema()[3][0]<255: notes.append(_clear)
     return Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im)
 
-# %% ../nbs/00a_decode.ipynb #562a40a7
+# %% ../nbs/00a_decode.ipynb #6253e259
 def check_size(size):  # S, or (height, width), pixels
     "`(height, width)`; a `ValueError` unless both are whole numbers from 1 to 10,000"
     sides = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
@@ -102,7 +102,7 @@ def to_square(im,          # a PIL image of any size and mode
     "uint8 `(C,S,S)`: the shorter side resized to S (bicubic, antialiased), then the middle"
     return to_size(im, size, chans, notes)
 
-# %% ../nbs/00a_decode.ipynb #c19a5255
+# %% ../nbs/00a_decode.ipynb #90eb8465
 _grey_modes = {'1', 'L', 'LA', 'La', 'F', 'I', 'I;16', 'I;16L', 'I;16B', 'I;16N'}
 
 def looks(source,        # a sequence of `(PIL image, label)`
@@ -127,7 +127,7 @@ def _peek(source, i):
     except Exception: return None
     return None if isinstance(im, Exception) else (im.size, im.mode)
 
-# %% ../nbs/00a_decode.ipynb #5592c64d
+# %% ../nbs/00a_decode.ipynb #3acaa7e4
 class LazySet(Dataset):
     "Images decoded when asked for, for sets too large for memory; `ds[i]` is what an `ImageSet` would give"
     guessed = False     # whether the number of channels was found out from some of the images
@@ -142,7 +142,7 @@ class LazySet(Dataset):
         self.classes = list(getattr(source, 'classes', ()))
         self.labels = _shared(getattr(source, 'labels', getattr(source, 'targets', None)))
         self.bad = {}       # why images could not be read, by their number
-        self.notes = {}     # what decoding noticed, and the first image that it is about
+        self.notes = {}     # what decoding noticed, and the first image's number
         self.told = set()   # the notes that there was a warning about
 
     def __len__(self): return len(self.source)
@@ -173,7 +173,7 @@ class LazySet(Dataset):
         except Exception as e:
             self.bad[i] = _reason(self.called(i), e)
             return None
-        for o in notes: self.notes.setdefault(o, self.called(i))
+        for o in notes: self.notes[o] = min(i, self.notes.get(o, i))
         return item
 
     def __getitem__(self, i):
@@ -201,7 +201,7 @@ class LazySet(Dataset):
         "A warning for each kind of note, once"
         for note in [o for o in self.notes if o not in self.told]:
             self.told.add(note)
-            warnings.warn(f'{self.name}: {note}; the first is {self.notes[note]}')
+            warnings.warn(f'{self.name}: {note}; the first is {self.called(self.notes[note])}')
 
     def load(self, workers=4):
         "All images as an `ImageSet`, decoded by `workers` threads, without those that can't be read"

@@ -12,8 +12,8 @@ from glob import glob
 from pathlib import Path
 from fastprogress.fastprogress import progress_bar
 from .decode import open_image
-from .folders import (check_split, image_endings, list_folder, printable, split_folders, split_kind,
-                            split_names, warn_one_sided)
+from .folders import (check_split, image_endings, is_folder, list_folder, printable, split_folders,
+                            split_kind, split_names, warn_one_sided)
 from .streams import StreamSet, loading_speed
 from .tars import cache_dir, expand, read_headers, scan, write_shards
 
@@ -23,10 +23,10 @@ def is_shards(name):
     path = os.path.expanduser(str(name))
     if not os.path.isdir(path): return bool(re.search(r'\.(tar|tgz)(\.\w+)?$', path))
     inside = list_folder(path)
-    splits = [o for o in inside if o.is_dir() and split_kind(o.name)]
+    splits = [o for o in inside if is_folder(o) and split_kind(o.name)]
     splits.sort(key=lambda o: split_kind(o.name)!='train')
     if splits: inside = list_folder(splits[0].path)
-    others = any(o.is_dir() or o.name.lower().endswith(image_endings) for o in inside)
+    others = any(is_folder(o) or o.name.lower().endswith(image_endings) for o in inside)
     return any(_is_tar(o.name) for o in inside) and not others
 
 def _is_tar(name): return bool(re.search(r'\.(tar|tgz)(\.(gz|bz2|xz|zst))?$', name))
@@ -146,7 +146,7 @@ class Shards:
 def _missing(name, files, gone):
     if '://' in str(name): return f'{name} is not on this machine: copy the shards here, or stream them with wds/'
     if len(files)>1: return f'{len(gone)} of {len(files)} shards are missing, the first is {gone[0]}'
-    return f'{name} is not a regular file' if gone and os.path.exists(gone[0]) else f'There is no {name}'
+    return f'{gone[0]} is not a regular file' if gone and os.path.exists(gone[0]) else f'There is no {name}'
 
 def _classnames(shard, highest):
     "The names in a file beside a shard, or one folder up, if there are enough for the labels"
