@@ -282,7 +282,7 @@ def test_a_folder_that_holds_other_things_is_left_alone(models, tmp_path):
     with pytest.raises(FileExistsError, match='is a file'): save_encoder(models['beit'], tmp_path/'thesis.tex')
     assert [f.name for f in tmp_path.iterdir()]==['thesis.tex']
     for _ in range(2): save_encoder(models['beit'], tmp_path/'new'/'encoder')
-    assert {f.name for f in (tmp_path/'new'/'encoder').iterdir()}=={'config.json', 'model.safetensors'}
+    assert {f.name for f in (tmp_path/'new'/'encoder').iterdir()}=={'config.json', 'model.safetensors', 'SHA256SUMS'}
 
 # The command
 
