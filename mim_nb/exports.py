@@ -9,7 +9,8 @@ __all__ = ['check_target', 'save_encoder']
 from pathlib import Path
 from timm.layers import to_2tuple
 from . import timm_models                                       # so that MixMIM's encoders have a name
-from .arguments import check_sides, one_or_pair
+from .arguments import check_sides
+from .encoders import square_or_pair
 from .files import write_folder
 from .folders import with_weights
 from .patches import patch_grid
@@ -42,7 +43,7 @@ def _images_for(m, size):
 def _windows(m, img_size):
     "MixMIM's own choice of windows for images of another size, tokens"
     rows,cols = patch_grid(img_size, m.patch_size)
-    window = one_or_pair((2*rows, 2*cols))
+    window = square_or_pair((2*rows, 2*cols))
     return window if isinstance(window, int) else [window]*len(m.encoder.grids)
 
 def save_encoder(
@@ -62,6 +63,6 @@ def save_encoder(
     if size!=m.img_size:
         if 'window_size' in args: resized = dict(window_size=_windows(m, size)) | resized
         model = with_weights(architecture, args, _images_for(m, m.img_size), model.state_dict(), size, **resized)
-        args = args | resized | dict(img_size=one_or_pair(size))
+        args = args | resized | dict(img_size=square_or_pair(size))
     write_folder(folder, model, config=dict(architecture=architecture, num_classes=0, num_features=model.num_features,
                  global_pool=model.global_pool, model_args=args, pretrained_cfg=_images_for(m, size)))

@@ -13,7 +13,8 @@ import torch, torch.nn.functional as F
 from safetensors.torch import load_file
 from timm.layers import to_2tuple
 from torch import nn
-from .arguments import check_number, check_sides, check_whole, one_or_pair
+from .arguments import check_number, check_sides, check_whole
+from .encoders import square_or_pair
 from .files import check_folder_sums, read_json, write_folder
 from .folders import check_finite, check_memory, check_shapes, read_shapes
 from .patches import patch_grid
@@ -78,7 +79,7 @@ class DVAE(nn.Module):
         super().__init__()
         _check_sizes(img_size, patch_size, in_chans, vocab_size, width, depth)
         _check_weights(tau, balance, beta)
-        img_size,patch_size = one_or_pair(to_2tuple(img_size)),one_or_pair(to_2tuple(patch_size))
+        img_size,patch_size = square_or_pair(img_size),square_or_pair(patch_size)
         self.config = dict(img_size=img_size, patch_size=patch_size, in_chans=in_chans, vocab_size=vocab_size,
                            width=width, depth=depth, tau=list(tau), balance=balance, beta=beta)
         self.grid,self.vocab_size,self.progress = patch_grid(img_size, patch_size),vocab_size,0.
