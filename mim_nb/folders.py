@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['encoder_folder', 'unknown_model', 'read_shapes', 'check_shapes', 'check_memory', 'on_meta', 'with_weights',
-           'load_folder']
+           'check_finite', 'load_folder']
 
 # %% ../nbs/04b_folders.ipynb #17982150
 import dataclasses, timm, torch, warnings
@@ -216,11 +216,15 @@ def with_weights(
     return model
 
 # %% ../nbs/04b_folders.ipynb #920367aa
-def _finite(file, weights):
+def check_finite(
+    file,    # the safetensors file, for the message
+    weights, # name -> tensor
+):
+    "A `ValueError` for weights that are NaN or infinite"
     for k,v in weights.items():
-        if not v.isfinite().all(): raise ValueError(f"{file}: {_some([k])} holds values that are not finite: "
-                                                    "the run that wrote it had diverged, or the file is damaged")
-    return weights
+        if not v.isfinite().all():
+            raise ValueError(f"{file}: {_some([k])} holds values that are not finite: the run that wrote it had diverged, "
+                             "or the file is damaged")
 
 def load_folder(
     folder,        # of an encoder, or of a run
@@ -239,5 +243,6 @@ def load_folder(
     planned = on_meta(architecture, args, cfg, found/'config.json')
     check_shapes(file, shapes, planned)
     check_memory(planned, file.stat().st_size, found)
-    weights = _finite(file, load_file(file))
+    weights = load_file(file)
+    check_finite(file, weights)
     return with_weights(architecture, args, cfg, weights, img_size, **model_args).eval()
