@@ -13,7 +13,7 @@ from dis import opmap
 from fastcore.script import anno_parser
 from importlib.metadata import PackageNotFoundError, version
 
-# %% ../nbs/06b_cli.ipynb #4f45b1e1
+# %% ../nbs/06b_cli.ipynb #141c3bc6
 class _Output:
     "A stream whose reader may go away, and whose encoding may lack letters"
     def __init__(self, stream): self.stream = stream
@@ -45,7 +45,7 @@ def _outputs():
         with suppress(OSError): sys.stdout.flush()
         sys.stdout, sys.stderr = old
 
-# %% ../nbs/06b_cli.ipynb #89f66c5b
+# %% ../nbs/06b_cli.ipynb #196d3b3e
 issues = 'https://github.com/mim-nb/mim_nb/issues'     # where faults are reported
 _sentences = ValueError, OSError, ImportError, FloatingPointError, RuntimeError
 _surprises = UnicodeError, RecursionError, NotImplementedError      # special kinds of these
@@ -63,7 +63,7 @@ def _package_of(f): return f.__module__.partition('.')[0]
 def _package(step): return step.tb_frame.f_globals.get('__name__', '').partition('.')[0]
 
 def _from_worker(e):
-    "The last file and the last line of an error that a `DataLoader` brought from its worker, or None"
+    "The last file and line of an error that a `DataLoader` brought from its worker, or None"
     found = re.search(r'Original Traceback.*File "([^"]*)".*\n\w*: (.*)', str(e), re.S)
     return found and found.groups()
 
@@ -87,7 +87,7 @@ def _expected(e, f):
     many = 'TORCHELASTIC_RUN_ID' in os.environ         # PyTorch then reports a lost neighbour
     return _on_purpose(e, f) or many and isinstance(e, RuntimeError)
 
-# %% ../nbs/06b_cli.ipynb #a90a9fdf
+# %% ../nbs/06b_cli.ipynb #fc1ae8f2
 def _text(e):
     "What an error says, in one line"
     text = str(e)
@@ -100,7 +100,7 @@ def _text(e):
 def _sentence(e, f):
     return _no_memory if _lacks_memory(e) and not _on_purpose(e, f) else _text(e)
 
-# %% ../nbs/06b_cli.ipynb #c2037b68
+# %% ../nbs/06b_cli.ipynb #24913d5b
 def _versions():
     found = [f'mim_nb {mim_nb.__version__}', f'Python {platform.python_version()}']
     for name in ('torch', 'timm', 'fastcore'):

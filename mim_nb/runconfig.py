@@ -6,8 +6,9 @@
 __all__ = ['check_model', 'check_recipe', 'check_config', 'trusted', 'write_config', 'read_config', 'data_of', 'teacher_of',
            'tokenizer_of', 'build_method']
 
-# %% ../nbs/06c_runconfig.ipynb #764907ff
+# %% ../nbs/06c_runconfig.ipynb #cd39076e
 import hashlib, hmac, json, os, secrets, stat, torch
+from dataclasses import fields
 from inspect import signature
 from pathlib import Path
 from .arguments import check_number, check_sides, check_whole, nearest
@@ -15,8 +16,9 @@ from .augment import Augment
 from .files import read_json, write_json
 from .methods import get_method
 from .shards import is_shards
+from .train import Recipe
 
-# %% ../nbs/06c_runconfig.ipynb #bea2ca9e
+# %% ../nbs/06c_runconfig.ipynb #8e80a204
 _largest = 10**6      # of any number in `model`
 _text = 'a text', lambda v: isinstance(v, str) and v!=''
 
@@ -53,7 +55,7 @@ def check_model(
         if v is not None and kind and not kind[1](v):
             raise ValueError(f"{name} must be {kind[0]}, got {v!r}")
 
-# %% ../nbs/06c_runconfig.ipynb #c7d47f6a
+# %% ../nbs/06c_runconfig.ipynb #9dc2d2eb
 def _check_pair(name, v, low, high):
     if not (isinstance(v, (list, tuple)) and len(v)==2):
         raise ValueError(f"{name} must be two numbers, got {v!r}")
@@ -69,37 +71,29 @@ def _check_augment(augment):
         if name=='flip': check_number(0, 1, flip=v)
         if name=='jitter':
             for o in v if isinstance(v, (list, tuple)) else [v]: check_number(0, 10, jitter=o)
-    Augment(1, **augment)
-
-_steps = 10**9      # more than any run has
-
-_recipe_checks = dict(
-    epochs       =lambda v: check_number(high=_steps, above=0, epochs=v),
-    batch_size   =lambda v: check_whole(1, _steps, batch_size=v),
-    lr           =lambda v: check_number(high=_steps, above=0, lr=v),
-    warmup_epochs=lambda v: check_number(0, _steps, warmup_epochs=v),
-    min_lr       =lambda v: check_number(0, _steps, min_lr=v),
-    weight_decay =lambda v: check_number(0, _steps, weight_decay=v),
-    betas        =lambda v: _check_pair('betas', v, 0, 1-1e-9),
-    clip         =lambda v: v is None or check_number(high=_steps, above=0, clip=v),
-    augment      =_check_augment)
+    Augment(28, **augment)
 
 def check_recipe(
     recipe:dict, # training settings, as in a method's `recipes`
 ):
     "One sentence for the first training setting that cannot work"
+    known = [f.name for f in fields(Recipe)] + ['augment']
     for name in recipe:
-        if name not in _recipe_checks: raise nearest(name, _recipe_checks, 'training setting')
-    for name,check in _recipe_checks.items():
-        if name in recipe: check(recipe[name])
+        if name not in known: raise nearest(name, known, 'training setting')
     for name in ('epochs', 'batch_size', 'lr', 'augment'):
         if name not in recipe: raise ValueError(f"the training settings lack {name}")
+    if 'betas' in recipe: _check_pair('betas', recipe['betas'], 0, 1)
+    Recipe(**{k: v for k,v in recipe.items() if k!='augment'})
+    check_number(high=_largest, epochs=recipe['epochs'])
+    check_number(high=_largest, warmup_epochs=recipe.get('warmup_epochs', 0))
+    _check_augment(recipe['augment'])
 
-# %% ../nbs/06c_runconfig.ipynb #bb4e1fa2
+# %% ../nbs/06c_runconfig.ipynb #d6696ecb
 _settings = 'settings (name: value)', lambda v: isinstance(v, dict)
 _seed = 'a whole number from 0 to 2⁶³-1', lambda v: type(v) is int and 0<=v<2**63
 _turns = 'a whole number of at least 1', lambda v: type(v) is int and 1<=v<2**20
-_needed = dict(method=_text, preset=_text, data=_text, seed=_seed, model=_settings, recipe=_settings)
+_needed = dict(method=_text, preset=_text, data=_text, seed=_seed, model=_settings,
+               recipe=_settings)
 _optional = dict(tokenizer=_text, accumulate=_turns, started_in=_text, seal=_text)
 
 def _in_part(part, check, *args):
@@ -118,7 +112,7 @@ def check_config(
     _in_part('model', check_model, config['method'], config['model'])
     _in_part('recipe', check_recipe, config['recipe'])
 
-# %% ../nbs/06c_runconfig.ipynb #759bb9bc
+# %% ../nbs/06c_runconfig.ipynb #60be62c9
 def _make_key(file):
     "Write a new key, whole or not at all; one that appears at the same moment is kept"
     file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -154,7 +148,7 @@ def trusted(
     seal = _seal(config)
     return bool(seal) and hmac.compare_digest(seal.encode(), config.get('seal', '').encode())
 
-# %% ../nbs/06c_runconfig.ipynb #9c306edb
+# %% ../nbs/06c_runconfig.ipynb #f6cdde68
 def write_config(
     folder,      # of the run; made if it does not exist
     config:dict, # what describes the run: plain values
@@ -183,7 +177,7 @@ def read_config(
                          "take the file as mim_pretrain wrote it") from None
     return config
 
-# %% ../nbs/06c_runconfig.ipynb #f4a9b70d
+# %% ../nbs/06c_runconfig.ipynb #c84a37e1
 def _is_remote(name): return '://' in name or 'pipe:' in name or '|' in name
 
 def _seen_from_here(folder, config, name):
@@ -198,8 +192,10 @@ def _name(folder, config, name, given, what, flag):
     "What `given` says, or the entry `name` of a description that this user wrote"
     if given is not None or name is None: return given
     if trusted(config) and not _is_remote(name): return _seen_from_here(folder, config, name)
-    why = 'names an address or a command as' if _is_remote(name) else 'came from elsewhere, or was edited, and names'
-    raise ValueError(f"the run in {folder} {why} {what} {name!r}: repeat it with {flag} if you trust it")
+    why = 'came from elsewhere, or was edited, and names'
+    if _is_remote(name): why = 'names an address or a command as'
+    raise ValueError(f"the run in {folder} {why} {what} {name!r}: "
+                     f"repeat it with {flag} if you trust it")
 
 def data_of(
     folder,      # of a run
@@ -226,7 +222,7 @@ def tokenizer_of(
     "The folder of the tokenizer that was given to a run"
     return _name(folder, config, config.get('tokenizer'), given, 'the tokenizer', '--tokenizer')
 
-# %% ../nbs/06c_runconfig.ipynb #8f7400ef
+# %% ../nbs/06c_runconfig.ipynb #bf97c85f
 def build_method(
     config:dict,  # what describes the run
     folder=None,  # of the run, for messages; None: it has none yet
