@@ -5,17 +5,16 @@
 # %% auto #0
 __all__ = ['show_rows', 'show_pictures', 'feature_pca', 'show_pca', 'neighbours', 'show_neighbours', 'plot_curves']
 
-# %% ../nbs/14e_pictures.ipynb #bd4c8205
+# %% ../nbs/14e_pictures.ipynb #629fa141
 import math, torch, torch.nn.functional as F, matplotlib.pyplot as plt
 from pathlib import Path
-from .arguments import check_whole
 from .attention_heads import drawable, encoder_and_images, layer_index
 from .data import show_images
 from .mim import MIM
 from .probes import features, standardize
 from .runs import read_log
 
-# %% ../nbs/14e_pictures.ipynb #137dbd39
+# %% ../nbs/14e_pictures.ipynb #36a1cc72
 def show_rows(
     rows:dict, # title -> images (B,C,H,W), as many in each
     fig=None,  # matplotlib (sub)figure to draw in; None: a new one
@@ -42,7 +41,7 @@ def show_pictures(
     with torch.no_grad(): rows = m.pictures(images, mask)
     show_rows(rows, fig)
 
-# %% ../nbs/14e_pictures.ipynb #a72520d6
+# %% ../nbs/14e_pictures.ipynb #9afa1447
 def _components(f):
     "The three directions (D,3) in which centred features (B,rows,cols,D) vary most"
     covariance = torch.einsum('brcd,brce->de', f, f)
@@ -71,7 +70,7 @@ def feature_pca(
     f = f-f.mean((0,1,2))
     return _stretched((f @ _components(f)).permute(0,3,1,2)).cpu()
 
-# %% ../nbs/14e_pictures.ipynb #02d87d05
+# %% ../nbs/14e_pictures.ipynb #a62a311d
 def show_pca(
     m,          # a method, or a timm model
     images,     # (B,C,H,W), float in [0,1], of the encoder's size; two or more
@@ -84,7 +83,7 @@ def show_pca(
     for i in range(3): rows[f'component {i+1}'] = p[:,i:i+1]
     show_rows(rows, fig)
 
-# %% ../nbs/14e_pictures.ipynb #45c2158d
+# %% ../nbs/14e_pictures.ipynb #d80329c9
 def neighbours(
     m,          # a method, or a timm model
     images,     # whose neighbours to find, uint8 or float in [0,1], (B,C,H,W)
@@ -98,7 +97,7 @@ def neighbours(
     found,wanted = standardize(features(m, pool.images, layer), features(m, images, layer))
     return (F.normalize(wanted, dim=1) @ F.normalize(found, dim=1).T).topk(k).indices
 
-# %% ../nbs/14e_pictures.ipynb #a8cb603b
+# %% ../nbs/14e_pictures.ipynb #2b53e545
 def _class_name(pool, i):
     "The name of an image's class, empty where there is none"
     if pool.labels is None or not pool.classes or pool.labels[i]<0: return ''
@@ -121,7 +120,7 @@ def show_neighbours(
     if fig is None: fig = plt.figure(figsize=(1.05*(k+1), len(images)*height), layout='constrained')
     show_images(shown, ncols=k+1, titles=titles, fig=fig)
 
-# %% ../nbs/14e_pictures.ipynb #ef4e3a2a
+# %% ../nbs/14e_pictures.ipynb #9ba33a27
 _not_drawn = ('step','epoch','lr','images_per_second','waiting','save_seconds')
 _most_curves = 24      # panels that a figure can hold
 
