@@ -223,14 +223,18 @@ def out_cases(c, kind):
 def _set(*path, to):
     "A change of what config.json holds"
     def change(o):
-        for name in path[:-1]: o = o[name]
-        o[path[-1]] = to
+        inner = o
+        for name in path[:-1]: inner = inner[name]
+        inner[path[-1]] = to
+        return o
     return change
 
 def _drop(*path):
     def change(o):
-        for name in path[:-1]: o = o[name]
-        del o[path[-1]]
+        inner = o
+        for name in path[:-1]: inner = inner[name]
+        del inner[path[-1]]
+        return o
     return change
 
 def _all(v): return lambda o: v
@@ -470,7 +474,7 @@ published = {
     'nothing': {}, 'a list': lambda sd: [1, 2], 'a tensor': lambda sd: sd['cls_token'], 'a text': lambda sd: 'weights', 'a number': lambda sd: 5,
     'an empty dict': lambda sd: {}, 'an empty model': lambda sd: dict(model={}), 'keys that are numbers': lambda sd: dict(model={i: v for i,v in enumerate(sd.values())}),
     'some keys that are numbers': lambda sd: dict(model={**sd, 7: sd['cls_token']}), 'keys that are tuples': lambda sd: {(1, 2): sd['cls_token']},
-    'model a number': lambda sd: dict(model=5), 'model None': lambda sd: dict(model=None), 'itself': _cycle, '900 deep': lambda sd: _deep(900),
+    'model a number': lambda sd: dict(model=5), 'model None': lambda sd: dict(model=None), 'itself': _cycle, '150 deep': lambda sd: _deep(150),
     'texts as weights': lambda sd: dict(model={k: 'x' for k in sd}), 'lists as weights': lambda sd: dict(model={k: v.tolist() for k,v in list(sd.items())[:3]}),
     'half of them': lambda sd: dict(model=dict(list(sd.items())[:5])), 'NaN': lambda sd: dict(model={k: v*math.nan for k,v in sd.items()}),
     'inf': lambda sd: dict(model={k: v+math.inf for k,v in sd.items()}), 'transposed': lambda sd: dict(model={k: v.mT if v.ndim>1 else v for k,v in sd.items()}),

@@ -114,7 +114,7 @@ def make_tars(f):
     (t/'zeros.tar').write_bytes(bytes(10240))
     (t/'text.tar').write_text('not a tar\n'*100)
     (t/'html.tar').write_text('<html>404</html>')
-    (t/'flipped.tar').write_bytes(whole[:520]+bytes([whole[520]^255])+whole[521:])
+    (t/'flipped.tar').write_bytes(whole[:3]+bytes([whole[3]^255])+whole[4:])
     (t/'size.tar').write_bytes(whole[:124]+b'77777777777\0'+whole[136:])
     (t/'folder.tar').mkdir()
     tar(t/'list.tar', with_labels('json', lambda i: b'[1,2]'))
@@ -191,11 +191,10 @@ def run_with(*edits, what='run'):
     return make
 
 def edit_json(name, change):
-    "An edit: `change` takes what a JSON file holds; what it returns replaces that, unless it is None"
+    "An edit: `change` turns what a JSON file holds into something else"
     def edit(folder):
         found = json.loads((folder/name).read_text())
-        new = change(found)
-        (folder/name).write_text(json.dumps(found if new is None else new))
+        (folder/name).write_text(json.dumps(change(found)))
     return edit
 
 def put(name, raw):
