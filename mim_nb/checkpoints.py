@@ -124,13 +124,15 @@ def _refuse(m, named, where, left):
 
 def _assumed(cls, args, named, m):
     "The numbers of heads that neither shapes nor arguments tell"
-    told,found = lambda k: k not in signature(cls).parameters or args.get(k) is not None,[]
-    blocks = getattr(m.encoder, 'blocks', None)
-    if not told('num_heads') and blocks: found.append(f"{blocks[0].attn.num_heads} heads assumed: width / 64")
     decoder = getattr(m, 'decoder', None) or next(iter(getattr(m, 'decoders', [])), None)
-    if not told('decoder_heads') and decoder and any(k.startswith('decoder') for k in named):
-        found.append(f"{decoder.blocks[0].attn.num_heads} heads of the decoder assumed: width / 32")
-    return tuple(found)
+    if not any(k.startswith('decoder') for k in named): decoder = None
+    said = []
+    for k,part,whose,width in (('num_heads', m.encoder, '', 64), ('decoder_heads', decoder, ' of the decoder', 32)):
+        told = k not in signature(cls).parameters or args.get(k) is not None
+        if told or not hasattr(part, 'blocks'): continue
+        n = part.blocks[0].attn.num_heads
+        said.append(f"{n} head{'s'*(n>1)}{whose} assumed: width / {width}")
+    return tuple(said)
 
 def _make(cls, args, named):
     "The model, if its size is in proportion to its weights"
