@@ -11,7 +11,8 @@ import sys, time, torch
 from fastcore.imports import IN_NOTEBOOK
 from inspect import signature
 from pathlib import Path
-from .arguments import check_whole, nearest, one_or_pair
+from .arguments import check_whole, nearest
+from .encoders import square_or_pair
 from .augment import Augment
 from .cli import command
 from .data import ImageSet, batches, load_data, load_like, steps_per_epoch
@@ -21,7 +22,7 @@ from .flops import (block_flops, counted_flops, decoder_flops, forward_flops, fr
 from .methods import get_method
 from .pretrain import machine
 from .ranks import get_device
-from .shards import loading_speed
+from .streams import loading_speed
 from .timing import Marks, matmul_rate, recipe_step, step_dtype, step_parts, time_steps
 
 # %% ../nbs/19_benchmark.ipynb #00000020
@@ -29,7 +30,7 @@ def crop_room(
     m, # a method
 )->tuple: # (height, width) or one number for a square, pixels
     "How large images should be so that there is something to crop"
-    return one_or_pair([round(s*8/7) for s in m.img_size])
+    return square_or_pair([round(s*8/7) for s in m.img_size])
 
 def images_to_crop(
     m,         # a method
@@ -84,7 +85,7 @@ def benchmark(
     m,shape = (fresh(method, preset, where, tokenizer) for where in (device, 'meta'))
     recipe,rate = get_method(method).recipes[preset],rate or matmul_rate(device, clock=clock)
     images,cuda = images_to_crop(m, batch, data),device.type=='cuda'
-    augment = Augment(one_or_pair(m.img_size), **recipe['augment'])
+    augment = Augment(square_or_pair(m.img_size), **recipe['augment'])
     step = recipe_step(m, recipe, device, augment, compile)
     stream = batches(images, batch, device=device, workers=workers)
     if cuda: torch.cuda.reset_peak_memory_stats(device)

@@ -10,7 +10,8 @@ __all__ = ['Normalize', 'encoder_parts', 'match_channels', 'image_batches', 'che
 import os, torch
 from torch import nn
 from torch.utils.data import DataLoader
-from .arguments import check_whole, one_or_pair
+from .arguments import check_whole
+from .encoders import square_or_pair
 from .augment import resize
 from .data import ImageSet
 from .mim import MIM
@@ -52,14 +53,14 @@ def encoder_parts(
 )->tuple: # the encoder, a module that normalises, the channels, and the size in pixels: a side or (height, width)
     "The encoder, and what images must be like for it"
     if isinstance(m, MIM):
-        return m.encoder,Normalize(m.mean, m.std),m.in_chans,one_or_pair(m.img_size)
+        return m.encoder,Normalize(m.mean, m.std),m.in_chans,square_or_pair(m.img_size)
     cfg = getattr(m, 'pretrained_cfg', None) or {}
     if 'mean' not in cfg:
         raise ValueError(f"{type(m).__name__} does not say how to normalise images: pass the method "
                          "itself, or a model from timm.create_model")
     chans,device = _in_chans(m, cfg),next(m.parameters()).device
     mean,std = (_per_channel(cfg[k], chans, device) for k in ('mean', 'std'))
-    return m,Normalize(mean, std),chans,one_or_pair(_img_size(m, cfg))
+    return m,Normalize(mean, std),chans,square_or_pair(_img_size(m, cfg))
 
 # %% ../nbs/13c_features.ipynb #7627c442
 def match_channels(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 from . import timm_models        # timm then knows MixMIM's encoder
 from .arguments import check_whole, nearest
+from .encoders import square_or_pair
 from mim_nb.attention_heads import (attention_distance, attention_diversity, attention_entropy,
     attention_maps, attention_stats, encoder_and_images, layer_index, plot_attention_stats,
     show_attention)
