@@ -15,7 +15,6 @@ from .decode import LazySet, check_size, looks, open_image, to_size, to_square
 from .image_folders import Folder, Strings, check_split, image_files, split_folders
 from .images import ImageSet, batch_indices, batches, fashion_classes, steps_per_epoch
 from .named_sets import Clothes, fashion_dirs, packages, read_idx, timm_source, unknown
-from .plots import plot_style, show_images
 from .shards import Shards, is_shards
 from .streams import StreamSet
 from .tars import cache_dir

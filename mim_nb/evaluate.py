@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import nn
 from .cli import command
 from .data import load_like
-from .encoders import encoder_folder
+from .folders import encoder_folder
 from .finetune import Classifier, finetune, finetune_recipes, split
 from .probes import check_labels, encoder_parts, evaluate, evaluate_layers, features, frozen_probes, knn, layer_features, linear_probe, standardize
 from .train import get_device, write_json

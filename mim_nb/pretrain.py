@@ -14,7 +14,7 @@ from pathlib import Path
 from . import timm_models        # timm then knows MixMIM's encoder, which may be a teacher
 from .arguments import check_number, check_sides, check_whole
 from .augment import Augment, resize
-from .checkpoints import save_encoder
+from .exports import save_encoder
 from .cli import command
 from .data import sample
 from .evaluate import evaluate
@@ -22,7 +22,7 @@ from .files import write_json
 from .prepare import get_tokenizer, prepare, vocabulary_report
 from .ranks import get_device, in_turn, on_first, ranks, together
 from .runconfig import write_config
-from .runfolder import (begin_run, check_place, flat_settings, open_run, record_run,
+from .runfolder import (begin_run, check_run_place, flat_settings, open_run, record_run,
                               run_folder, run_settings)
 from .runs import find_ckpts
 from .train import fit
@@ -84,7 +84,7 @@ log       {out}/log.jsonl""")
 
 # %% ../nbs/17_pretrain.ipynb #00000015
 def _hold(until_end, out, config):
-    check_place(out, config['data'])
+    check_run_place(out, config['data'])
     until_end.enter_context(run_folder(out))
 
 def _say_what_runs(config, names, ready, device, out):
