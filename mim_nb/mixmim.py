@@ -10,9 +10,9 @@ import torch, torch.nn.functional as F
 from fastcore.basics import patch
 from timm.models.swin_transformer import window_partition, window_reverse
 from torch import nn
-from .arguments import check_choice, check_number, one_or_pair
+from .arguments import check_choice, check_number
 from .attention import group_mask
-from .encoders import xavier_init
+from .encoders import square_or_pair, xavier_init
 from .mae import Decoder, MAE, decoder_names
 from .masks import Cells, make_cells, random_order
 from .mim import MIM
@@ -126,11 +126,11 @@ class MixMIM(MIM):
         n=None, # images that it is for
     ):
         "The mask as the steps take it, or one clear sentence for a batch without pairs or a mask that does not fit"
-        if not isinstance(mask, Cells): mask = make_cells(mask).to(self.device)
-        if len(mask.partner)!=self.num_patches:
-            raise ValueError(f"the mask must be bool with one entry for each of the {self.num_patches} cells, True = from the partner, the same for the whole batch; got {len(mask.partner)}")
+        partner = mask.partner if isinstance(mask, Cells) else mask
+        if partner.dtype!=torch.bool or tuple(partner.shape)!=(self.num_patches,):
+            raise ValueError(f"the mask must be bool with one entry for each of the {self.num_patches} cells, True = from the partner, the same for the whole batch; got {partner.dtype} {tuple(partner.shape)}")
         if n is not None and n%2: raise ValueError(f"MixMIM mixes images in pairs, and {n} cannot be paired: give an even number of images, for instance an even batch size")
-        return mask
+        return mask if isinstance(mask, Cells) else make_cells(partner).to(self.device)
 
     def encode(self, x, mask):
         e,masks = self.encoder,stage_masks(mask.partner, self.encoder.grids)
@@ -202,7 +202,7 @@ def pictures(self:MixMIM, images, mask):
 def export_encoder(self:MixMIM)->tuple: # a copy in eval mode, timm's name for it, and its arguments
     "The encoder as timm has it, once `mim_nb` is imported"
     e = self.encoder
-    args = dict(img_size=one_or_pair(self.img_size), patch_size=one_or_pair(e.patch_embed.patch_size), in_chans=self.in_chans, num_classes=0, embed_dim=e.embed_dim,
+    args = dict(img_size=square_or_pair(self.img_size), patch_size=square_or_pair(e.patch_embed.patch_size), in_chans=self.in_chans, num_classes=0, embed_dim=e.embed_dim,
                 depths=[len(s.blocks) for s in e.layers], num_heads=[s.blocks[0].attn.num_heads for s in e.layers], window_size=e.window_size)
     out = MixMIMEncoder(**args).eval()
     out.load_state_dict(e.state_dict())

@@ -13,7 +13,7 @@ from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock
 from torch import nn
-from .arguments import check_heads, check_number, check_sides, check_whole
+from .arguments import check_grid, check_heads, check_number, check_sides, check_whole
 from .encoders import xavier_init
 from .patches import sincos_pos_embed
 
@@ -31,7 +31,9 @@ def stage_grids(
     if H%h or W%w or min(H,W)<1:
         raise ValueError(f"an image of {H}x{W} pixels does not give whole cells: {stages} stages over patches of {h//f}x{w//f} make cells of {h}x{w} pixels; "
                          f"resize the image to {max(1,round(H/h))*h}x{max(1,round(W/w))*w}, or take smaller patches or fewer stages")
-    return [(H//h*2**i, W//w*2**i) for i in reversed(range(stages))]
+    grids = [(H//h*2**i, W//w*2**i) for i in reversed(range(stages))]
+    check_grid(grids[0], 2**18)
+    return grids
 
 # %% ../nbs/12b_mixmim_encoder.ipynb #00000012
 def stage_windows(

@@ -121,11 +121,11 @@ class SAIM(MIM):
         n=None, # images that it is for; None: as many as it has rows
     ):
         "The order as the steps take it, or one clear sentence"
-        if not isinstance(mask, Order): mask = make_order(mask).to(self.device)
-        n = len(mask.order) if n is None else n
-        if mask.order.shape!=(n, self.num_patches):
-            raise ValueError(f"SAIM's mask is an order, long {(n, self.num_patches)}: order[b,k] is the patch revealed k-th; got {tuple(mask.order.shape)}")
-        return mask
+        order = mask.order if isinstance(mask, Order) else mask
+        want = (len(order) if n is None else n, self.num_patches)
+        if order.dtype!=torch.long or tuple(order.shape)!=want:
+            raise ValueError(f"SAIM's mask is an order, long {want}: order[b,k] is the patch revealed k-th; got {order.dtype} {tuple(order.shape)}")
+        return mask if isinstance(mask, Order) else make_order(order).to(self.device)
 
     def encode(self, x, mask):
         e,z = self.encoder,[]
