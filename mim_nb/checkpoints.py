@@ -45,8 +45,7 @@ def translate(
     "Give the authors' weights our names"
     out = {}
     for name,parts in source_names(cls, sd).items():
-        whole = sd[parts[0]] if len(parts)==1 else torch.cat([sd[k] for k in parts])
-        out[name] = whole.float()
+        out[name] = (sd[parts[0]] if len(parts)==1 else torch.cat([sd[k] for k in parts])).float()
     return out
 
 # %% ../nbs/18_checkpoints.ipynb #00000018
@@ -106,8 +105,7 @@ class Loaded(NamedTuple):
         return f"{self.method}: " + '; '.join([*parts, *self.assumed])
 
 def _few(what, names):
-    more = ', …' if len(names)>3 else ''
-    return f"{len(names)} {what} ({', '.join(names[:3])}{more})"
+    return f"{len(names)} {what} ({', '.join(names[:3])}{', …' if len(names)>3 else ''})"
 
 # %% ../nbs/18_checkpoints.ipynb #0000001d
 def _refuse(m, named, where, left):
@@ -222,7 +220,6 @@ def _load_exported(method, folder, overrides):
 
 # %% ../nbs/18_checkpoints.ipynb #00000020
 def _load(method, sd, overrides):
-    "A method with the weights that its authors published"
     try: return build(method, sd, **overrides)
     except ValueError as e:
         if overrides and method in looks_like(sd): raise

@@ -87,11 +87,13 @@ def _model_args(folder, config, weights):
 _sources = {'url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'source', 'custom_load'}
 _described = {f.name for f in dataclasses.fields(PretrainedCfg)} - _sources
 
-def _check_images(cfg):
-    "Sizes and normalisation that work"
+def _check_images(cfg, args):
+    "Sizes and normalisation that work, and are the model's"
     size,mean,std = (_flat(cfg.get(k, getattr(PretrainedCfg, k))) for k in ('input_size', 'mean', 'std'))
     check_whole(0, 2**20, num_classes=cfg.get('num_classes', 0))
     if len(size)!=3: raise ValueError(f"input_size must be channels, height and width, got {size}")
+    for k,v in dict(in_chans=size[:1], img_size=size[1:]).items():
+        if args.get(k) is not None and set(_flat(args[k]))!=set(v): raise ValueError(f"input_size {size} is not the model's {k}, {args[k]}")
     check_whole(1, 2**16, channels=size[0])
     check_sides(input_size=size[1:])
     for v in mean: check_number(mean=v)
@@ -99,13 +101,13 @@ def _check_images(cfg):
     if not {len(mean), len(std)}<={1, size[0]}:
         raise ValueError(f"mean and std have {len(mean)} and {len(std)} values for {size[0]} channels")
 
-def _pretrained_cfg(folder, config):
+def _pretrained_cfg(folder, config, args):
     "What timm should know about the images"
     cfg = config.get('pretrained_cfg', config)
     if not isinstance(cfg, dict): cfg = {}
     cfg = {k: v for k,v in cfg.items() if k in _described and v is not None}
     if config.get('num_classes') is not None: cfg['num_classes'] = config['num_classes']
-    try: _check_images(cfg)
+    try: _check_images(cfg, args)
     except ValueError as e: raise ValueError(f"{folder/'config.json'}: {e}") from None
     return cfg
 
@@ -229,8 +231,8 @@ def read_encoder(
     check_folder_sums(found)
     file,config = found/'model.safetensors',read_json(found/'config.json')
     shapes = read_shapes(file)
-    architecture,cfg = _architecture(found, config),_pretrained_cfg(found, config)
-    args = _model_args(found, config, len(shapes))
+    architecture,args = _architecture(found, config),_model_args(found, config, len(shapes))
+    cfg = _pretrained_cfg(found, config, args)
     planned = on_meta(architecture, args, cfg, found/'config.json')
     check_shapes(file, shapes, planned)
     check_memory(planned, file.stat().st_size, found)
