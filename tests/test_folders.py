@@ -49,7 +49,8 @@ def test_every_flipped_bit_and_zeroed_page_is_noticed(saved, tmp_path, name, loa
     for i in range(1100):
         f = list(originals)[i%3]
         data = bytearray(originals[f])
-        at = rng.choice([k for k,byte in enumerate(data[:2**16]) if byte!=10 or f.suffix])       # another line end in a list of digests means the same
+        at = rng.randrange(len(data))
+        if f.name=='SHA256SUMS' and data[at]==10: at -= 1              # another line end in a list of digests means the same
         if i<1000: data[at] ^= 1<<rng.randrange(8)
         else:
             page = at//4096*4096
