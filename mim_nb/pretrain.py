@@ -14,7 +14,7 @@ from pathlib import Path
 from . import timm_models        # timm then knows MixMIM's encoder, which may be a teacher
 from .arguments import check_number, check_sides, check_whole
 from .augment import Augment, resize
-from .exports import save_encoder
+from .checkpoints import save_encoder
 from .cli import command
 from .data import sample
 from .encoders import square_or_pair
@@ -122,7 +122,7 @@ def _take_home(m, out, held, metrics, loss, device):
     write_json(out/'metrics.json', dict(metrics, loss=loss, machine=machine(device)))
     _report(out, metrics, m.encoder, held.labels is not None)
 
-# %% ../nbs/17_pretrain.ipynb #3c1696fc
+# %% ../nbs/17_pretrain.ipynb #e35e9bea
 def pretrain(
     out,             # the run's folder
     config,          # from `run_settings`
@@ -159,7 +159,7 @@ def pretrain(
         on_first(lambda: _take_home(m, out, held, metrics, loss, device))
         return metrics
 
-# %% ../nbs/17_pretrain.ipynb #870576f2
+# %% ../nbs/17_pretrain.ipynb #5e45efb5
 def _sides(size):
     "A size such as 32 or '48x64' as one number or (height, width)"
     if not isinstance(size, str): return size
@@ -174,7 +174,7 @@ def _check_flags(**flags):
     given = {k: v for k,v in flags.items() if v is not None}
     for name,v in given.items():
         if v=='': raise ValueError(f"--{name} is empty: give a value, or leave it out")
-    whole = dict(patch=(1, 4096), batch=(1, None), accumulate=(1, None), workers=(0, 1024),
+    whole = dict(patch=(1, 4096), batch=(1, 10**6), accumulate=(1, 10**6), workers=(0, 1024),
                  seed=(0, 2**63-1))
     for name,limits in whole.items():
         if name in given: check_whole(*limits, **{name: given[name]})
