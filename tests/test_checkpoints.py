@@ -279,7 +279,8 @@ def test_modules_that_hold_each_other(tmp_path):
 
 def test_every_flipped_bit_in_the_records_of_an_archive(tmp_path):
     "1,000 bits and 100 pages: the numbers are as before, or the file is refused"
-    torch.save(WEIGHTS['mae'], tmp_path/'f.pth')
+    weights = {k: v for k,v in WEIGHTS['mae'].items() if k.startswith('blocks.0')}
+    torch.save(weights, tmp_path/'f.pth')
     original,rng,noticed = (tmp_path/'f.pth').read_bytes(),random.Random(0),0
     for i in range(1100):
         data = bytearray(original); at = rng.randrange(len(data))
@@ -288,7 +289,7 @@ def test_every_flipped_bit_in_the_records_of_an_archive(tmp_path):
         (tmp_path/'g.pth').write_bytes(data)
         try: w = read_weights(tmp_path/'g.pth')
         except ValueError as e: noticed += 1
-        else: assert w.keys()==WEIGHTS['mae'].keys() and all(torch.equal(v, WEIGHTS['mae'][k]) for k,v in w.items()), (i, at)
+        else: assert w.keys()==weights.keys() and all(torch.equal(v, weights[k]) for k,v in w.items()), (i, at)
     assert noticed>900                                                      # the others hit the padding between two records
 
 def test_safetensors_that_lie(tmp_path):
