@@ -34,9 +34,16 @@ def test_a_module_is_at_most_250_lines(module):
 @pytest.mark.parametrize('module', MODULES)
 def test_a_module_uses_earlier_chapters_only(module):
     order = list(chapters())
-    later = {other for other,_ in uses(module) if order.index(other)>order.index(module)}
+    later = {other for other,_ in uses(module) if order.index(other)>order.index(module)} - {'methods'}
     if module=='timm_models': later -= {'mixmim', 'mixmim_encoder'}        # looked up when such a model is made
+    if module=='tokenizers': later -= {'authors_tokenizers'}               # the published ones have this address, too
     assert not later
+
+def test_imports_go_in_no_circle():
+    ahead = {m: {other for other,_ in uses(m)} for m in MODULES}
+    while free := [m for m,needs in ahead.items() if not needs & ahead.keys()]:
+        for m in free: del ahead[m]
+    assert ahead.keys() <= {'timm_models', 'mixmim', 'mixmim_encoder'}
 
 @pytest.mark.parametrize('module', MODULES)
 def test_no_private_name_crosses_modules(module):
