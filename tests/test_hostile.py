@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest, torch
 from PIL import Image
 from safetensors.torch import load_file
-from mim_nb.checkpoints import save_encoder
+from mim_nb.exports import save_encoder
 from mim_nb.methods import create
 from mim_nb.tokenizers import DVAE, save_tokenizer
 
