@@ -9,6 +9,7 @@ __all__ = ['resample_weights', 'crop_resize', 'random_boxes', 'blend', 'color_ji
 import math, torch
 import torchvision.transforms.functional as TF
 from fastcore.basics import store_attr
+from timm.layers import to_2tuple
 
 # %% ../nbs/00b_augment.ipynb #0000000a
 def _triangle(d): return (1-d).clamp(min=0)
@@ -19,7 +20,7 @@ _kernels = dict(bilinear=_triangle, bicubic=_cubic)
 def resample_weights(start,                     # first pixel of each box, `(B,)`
                      length,                    # its length in pixels, `(B,)`
                      full,                      # length of the whole image, pixels
-                     size,                      # S, pixels of the result
+                     size,                      # S, pixels of the result along this axis
                      interpolation='bicubic'):  # or `bilinear`
     "`(B,S,full)`: row i holds what each source pixel gives to target pixel i; each row sums to 1"
     start,length = start[:,None,None],length[:,None,None]
@@ -31,12 +32,13 @@ def resample_weights(start,                     # first pixel of each box, `(B,)
 # %% ../nbs/00b_augment.ipynb #00000016
 def crop_resize(x,                         # `(B,C,H,W)` float in [0,1]
                 top, left, height, width,  # a box for each image, `(B,)` each, pixels
-                size,                      # S, pixels
+                size,                      # S, or (height, width), pixels
                 flip=None,                 # bool `(B,)`: which to flip from left to right
                 interpolation='bicubic'):  # or `bilinear`
-    "`(B,C,S,S)`: each image's own box, antialiased, by two matrix products"
-    wy = resample_weights(top, height, x.shape[-2], size, interpolation)
-    wx = resample_weights(left, width, x.shape[-1], size, interpolation)
+    "`(B,C,S,S)`, or of that height and width: each image's own box, antialiased, by two matrix products"
+    rows,columns = to_2tuple(size)
+    wy = resample_weights(top, height, x.shape[-2], rows, interpolation)
+    wx = resample_weights(left, width, x.shape[-1], columns, interpolation)
     if flip is not None: wx = torch.where(flip[:,None,None], wx.flip(1), wx)
     with torch.autocast(x.device.type, enabled=False): return (wy[:,None] @ x @ wx[:,None].mT).clamp(0,1)
 
@@ -83,35 +85,45 @@ def color_jitter(x,        # `(B,C,H,W)` float in [0,1]
 class Augment:
     "Random resized crop, flip and colour jitter of a whole batch, each image by its own draw"
     def __init__(self,
-                 img_size,                    # S, pixels
+                 img_size,                    # S, or (height, width), pixels
                  scale=(.2,1.),               # share of the area that a crop covers
-                 ratio=(3/4,4/3),             # width over height of a crop
+                 ratio=(3/4,4/3),             # width over height of a crop, as a multiple of the result's
                  flip=.5,                     # chance of a flip from left to right
                  jitter=0.,                   # of brightness, contrast, saturation: three numbers, or one for all
                  interpolation='bicubic'):    # or `bilinear`
-        store_attr(); self.jitter = (jitter,)*3 if isinstance(jitter, (int,float)) else tuple(jitter)
-        if interpolation not in _kernels: raise ValueError(f'interpolation is bilinear or bicubic, not {interpolation!r}')
+        store_attr()
+        self.jitter = (jitter,)*3 if isinstance(jitter, (int,float)) else tuple(jitter)
+        if interpolation not in _kernels:
+            raise ValueError(f'interpolation is bilinear or bicubic, not {interpolation!r}')
+
     def __repr__(self):
         names = ('img_size','scale','ratio','flip','jitter','interpolation')
         return f'Augment({", ".join(f"{o}={getattr(self, o)!r}" for o in names)})'
+
+    def _boxes(self, rand, h, w):
+        height,width = to_2tuple(self.img_size)
+        ratio = [o*(width/height) for o in self.ratio]
+        return random_boxes(rand, h, w, self.scale, ratio)
 
     @torch.no_grad()
     def __call__(self,
                  images,             # `(B,C,H,W)`: uint8, or float in [0,1]
                  generator=None):    # of the random numbers; None: the device's own
-        "`(B,C,S,S)` float in [0,1], on the images' device"
+        "`(B,C,S,S)`, or of that height and width, float in [0,1], on the images' device"
         x = images/255 if images.dtype==torch.uint8 else images.float()
         device = generator.device if generator else x.device
         rand = lambda k: torch.rand(len(x), k, generator=generator, device=device).to(x.device)
-        boxes,flip = random_boxes(rand, *x.shape[-2:], self.scale, self.ratio),rand(1)[:,0]<self.flip
+        boxes = self._boxes(rand, *x.shape[-2:])
+        flip = rand(1)[:,0]<self.flip
         x = crop_resize(x, *boxes, self.img_size, flip, self.interpolation)
         return color_jitter(x, rand, self.jitter) if any(self.jitter) else x
 
 # %% ../nbs/00b_augment.ipynb #00000033
 def resize(images,                   # `(B,C,H,W)`: uint8, or float in [0,1]
-           size,                     # S, pixels
+           size,                     # S, or (height, width), pixels
            interpolation='bicubic'): # or `bilinear`
-    "`(B,C,S,S)` float in [0,1], antialiased; the same every time"
+    "`(B,C,S,S)`, or of that height and width, float in [0,1], antialiased; the same every time"
+    size = list(to_2tuple(size))
     x = images/255 if images.dtype==torch.uint8 else images
-    if x.shape[-2:]==(size,size): return x
-    return TF.resize(x, [size,size], interpolation=TF.InterpolationMode(interpolation), antialias=True).clamp(0,1)
+    if list(x.shape[-2:])==size: return x
+    return TF.resize(x, size, interpolation=TF.InterpolationMode(interpolation), antialias=True).clamp(0,1)

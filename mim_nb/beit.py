@@ -12,8 +12,9 @@ from functools import partial
 from timm.layers import LayerNorm, trunc_normal_
 from timm.models.beit import Beit
 from torch import nn
-from .arguments import check_choice, check_grid, check_number, check_sides, check_transformer, check_whole, one_or_pair
+from .arguments import check_choice, check_grid, check_number, check_sides, check_transformer, check_whole
 from .masks import block_mask, make_mask, pick
+from .encoders import square_or_pair
 from .mim import MIM
 from .patches import patch_grid
 
@@ -166,7 +167,7 @@ def get_tokenizer(self:BEiT):
 def export_encoder(self:BEiT)->tuple: # a `Beit` with a bias table in each layer, timm's name for it, and its arguments
     "The encoder as timm has it"
     e = self.encoder
-    args = dict(img_size=one_or_pair(self.img_size), patch_size=one_or_pair(self.patch_size), in_chans=self.in_chans, num_classes=0, global_pool='token', embed_dim=e.embed_dim,
+    args = dict(img_size=square_or_pair(self.img_size), patch_size=square_or_pair(self.patch_size), in_chans=self.in_chans, num_classes=0, global_pool='token', embed_dim=e.embed_dim,
                 depth=len(e.blocks), num_heads=e.blocks[0].attn.num_heads, init_values=e.blocks[0].init_values, use_abs_pos_emb=False, use_rel_pos_bias=True)
     out,weights = Beit(**args).eval(),e.state_dict()
     table = weights.pop('rel_pos_bias.relative_position_bias_table', None)

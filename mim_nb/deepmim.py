@@ -13,7 +13,7 @@ from pathlib import Path
 from timm.layers import to_2tuple
 from torch import nn
 from .augment import resize
-from .encoders import encoder_folder
+from .folders import encoder_folder, load_folder
 from .mae import Decoder, MAE
 from .arguments import check_choice, check_whole
 from .masks import pick
@@ -69,14 +69,15 @@ def teacher_model(
     pretrained=True, # with its weights; False: on PyTorch's meta device, for its sizes only
 ):
     "A timm model to learn from"
-    folder = encoder_folder(name); found = f'local-dir:{folder}' if folder else name
-    kind = "the folder of a run or of an encoder, or a name from timm.list_pretrained()"
+    folder = encoder_folder(name)
+    if folder: return load_folder(folder)
     try:
-        if pretrained: return timm.create_model(found, pretrained=True)
-        with torch.device('meta'): return timm.create_model(found)
+        if pretrained: return timm.create_model(name, pretrained=True)
+        with torch.device('meta'): return timm.create_model(name)
     except Exception as e:
         why = f"the weights of the teacher {name!r} cannot be had" if pretrained else f"there is no teacher {name!r}"
-        raise ValueError(f"{why} ({type(e).__name__}: {str(e).splitlines()[0][:120]}): give {kind}, or learn from pixels without a teacher; timm downloads weights once, which needs a network") from e
+        raise ValueError(f"{why} ({type(e).__name__}: {str(e).splitlines()[0][:120]}): give the folder of a run or of an encoder, or a name from timm.list_pretrained(), "
+                         "or learn from pixels without a teacher; timm downloads weights once, which needs a network") from e
 
 # %% ../nbs/11_deepmim.ipynb #00000021
 class DeepMIM(MAE):

@@ -6,14 +6,14 @@
 __all__ = ['square_or_pair', 'sincos_vit', 'xavier_init', 'export_vit']
 
 # %% ../nbs/04_encoders.ipynb #00000003
-import math, torch
+import torch
 from timm.layers import to_2tuple
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
-from .arguments import check_heads, check_sides, check_transformer, check_whole
+from .arguments import check_grid, check_heads, check_sides, check_transformer, check_whole
 from .patches import patch_grid, sincos_pos_embed
 
-# %% ../nbs/04_encoders.ipynb #d9a4d0cb
+# %% ../nbs/04_encoders.ipynb #9fc6f011
 def square_or_pair(
     size, # (height, width), pixels, or one number for a square
 ):        # one number for a square, else (height, width)
@@ -37,11 +37,9 @@ def sincos_vit(
     check_transformer(embed_dim, depth, num_heads, drop_path, multiple=4)
     heads = max(1, embed_dim//64) if num_heads is None else num_heads
     check_heads(embed_dim, heads)
-    img_size,patch_size = square_or_pair(img_size),square_or_pair(patch_size)
+    img_size,patch_size = to_2tuple(img_size),to_2tuple(patch_size)
     grid = patch_grid(img_size, patch_size)
-    if math.prod(grid)>2**18:
-        raise ValueError(f"an image of {img_size} pixels is cut into {grid[0]}x{grid[1]} patches, and an encoder "
-                         "takes at most 262144: choose a smaller img_size or a larger patch_size")
+    check_grid(grid)
     vit = VisionTransformer(img_size, patch_size, in_chans, num_classes=0, embed_dim=embed_dim, depth=depth,
                             num_heads=heads, drop_path_rate=drop_path)
     with torch.no_grad(): vit.pos_embed.copy_(sincos_pos_embed(embed_dim, grid, prefix=1))

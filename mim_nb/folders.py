@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['encoder_folder', 'unknown_model', 'read_shapes', 'check_shapes', 'check_memory', 'on_meta', 'with_weights',
-           'check_finite', 'load_folder']
+           'check_finite', 'read_encoder', 'load_folder']
 
 # %% ../nbs/04b_folders.ipynb #17982150
 import dataclasses, timm, torch, warnings
@@ -22,8 +22,6 @@ from .files import check_folder_sums, read_json
 from .patches import patch_grid
 
 # %% ../nbs/04b_folders.ipynb #26052783
-_parts = 'config.json', 'model.safetensors'
-
 def encoder_folder(
     name # a run's folder, an encoder's folder (with or without timm's `local-dir:`), or anything else
 )->Path: # where config.json and model.safetensors lie; None: nowhere there
@@ -31,7 +29,7 @@ def encoder_folder(
     folder = Path(str(name).removeprefix('local-dir:'))
     with suppress(OSError, ValueError):                  # a name that no file can have
         for place in (folder/'encoder', folder):
-            if all((place/part).is_file() for part in _parts): return place
+            if (place/'config.json').is_file() and (place/'model.safetensors').is_file(): return place
 
 # %% ../nbs/04b_folders.ipynb #eb488a5d
 _pickles = {'.bin', '.pth', '.pt', '.ckpt', '.pkl', '.pickle', '.tar'}
@@ -49,11 +47,10 @@ def unknown_model(
     where='',  # who gave it, for the message
 )->ValueError: # to be raised
     "An error for an architecture that timm does not have"
-    shown = repr(str(name)[:80])
-    if str(name).startswith('mixmim_'):
-        return ValueError(f"{where}timm does not know {shown}, the encoder of MixMIM, yet: import mim_nb.timm_models first")
-    return ValueError(f"{where}timm {timm.__version__} has no architecture {shown}: "
-                      "take a name from timm.list_models()")
+    shown,name = repr(str(name)[:80]),str(name)
+    if not name.startswith('mixmim_'):
+        return ValueError(f"{where}timm {timm.__version__} has no architecture {shown}: take a name from timm.list_models()")
+    return ValueError(f"{where}timm does not know {shown}, the encoder of MixMIM, yet: import mim_nb.timm_models first")
 
 def _architecture(folder, config):
     name = config.get('architecture')
@@ -64,9 +61,7 @@ def _architecture(folder, config):
 _loading = {*signature(timm.create_model).parameters, *signature(build_model_with_cfg).parameters,
             'features_only', 'feature_cls', 'out_indices', 'pretrained_custom_load', 'pruned', 'device', 'dtype'}
 
-def _flat(v):
-    "The values in a list of any depth"
-    return [o for part in v for o in _flat(part)] if isinstance(v, (list, tuple)) else [v]
+def _flat(v): return [o for part in v for o in _flat(part)] if isinstance(v, (list, tuple)) else [v]
 
 def _check_argument(folder, name, v, weights):
     "One argument: plain, and not larger than the number of weights allows"
@@ -92,11 +87,13 @@ def _model_args(folder, config, weights):
 _sources = {'url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'source', 'custom_load'}
 _described = {f.name for f in dataclasses.fields(PretrainedCfg)} - _sources
 
-def _check_images(cfg):
-    "Sizes and normalisation that work"
+def _check_images(cfg, args):
+    "Sizes and normalisation that work, and are the model's"
     size,mean,std = (_flat(cfg.get(k, getattr(PretrainedCfg, k))) for k in ('input_size', 'mean', 'std'))
     check_whole(0, 2**20, num_classes=cfg.get('num_classes', 0))
     if len(size)!=3: raise ValueError(f"input_size must be channels, height and width, got {size}")
+    for k,v in dict(in_chans=size[:1], img_size=size[1:]).items():
+        if args.get(k) is not None and set(_flat(args[k]))!=set(v): raise ValueError(f"input_size {size} is not the model's {k}, {args[k]}")
     check_whole(1, 2**16, channels=size[0])
     check_sides(input_size=size[1:])
     for v in mean: check_number(mean=v)
@@ -104,13 +101,13 @@ def _check_images(cfg):
     if not {len(mean), len(std)}<={1, size[0]}:
         raise ValueError(f"mean and std have {len(mean)} and {len(std)} values for {size[0]} channels")
 
-def _pretrained_cfg(folder, config):
+def _pretrained_cfg(folder, config, args):
     "What timm should know about the images"
     cfg = config.get('pretrained_cfg', config)
     if not isinstance(cfg, dict): cfg = {}
     cfg = {k: v for k,v in cfg.items() if k in _described and v is not None}
     if config.get('num_classes') is not None: cfg['num_classes'] = config['num_classes']
-    try: _check_images(cfg)
+    try: _check_images(cfg, args)
     except ValueError as e: raise ValueError(f"{folder/'config.json'}: {e}") from None
     return cfg
 
@@ -149,8 +146,7 @@ def check_memory(
     what,      # is too large, for the message
 ):
     "A `ValueError` for a model out of proportion to its weights"
-    tensors = [*model.parameters(), *model.buffers()]
-    needed = sum(t.numel()*t.element_size() for t in tensors)
+    needed = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
     if needed>2**30+4*file_size:
         raise ValueError(f"{what} takes {needed/2**30:,.0f} GiB of memory, out of proportion to its weights "
                          f"({file_size/2**20:,.1f} MiB): choose a smaller size, or fetch the file again")
@@ -186,8 +182,8 @@ def _resized(model, architecture, args, cfg, weights, img_size, windows):
     old = to_2tuple(args.get('img_size') or cfg.get('input_size', (3,224,224))[1:])
     if hasattr(model, 'set_input_size'): model.set_input_size(img_size=to_2tuple(img_size), **windows)
     elif old[0]==old[1]: model = _from_state_dict(architecture, {**args, 'img_size': img_size, **windows}, cfg, weights)
-    else: raise ValueError(f"timm {timm.__version__} cannot give {architecture} another size than {old}, since its "
-                           "images are no squares: leave out img_size, or take a newer timm")
+    else: raise ValueError(f"timm {timm.__version__} cannot give {architecture} another size than {old}, since its images are "
+                           "no squares: leave out img_size, or take a newer timm")
     return model
 
 def with_weights(
@@ -202,9 +198,8 @@ def with_weights(
     windows = {k: model_args.pop(k) for k in ('window_size',) if k in model_args}
     if img_size is not None:
         check_sides(img_size=img_size)
-        size = sum(v.numel()*v.element_size() for v in weights.values())
-        sizes = dict(img_size=img_size, window_size=None) | windows
-        check_memory(on_meta(architecture, {**args, **sizes}, cfg, f'img_size={img_size}'), size, f"an image size of {img_size}")
+        planned = on_meta(architecture, {**args, 'img_size': img_size, 'window_size': None, **windows}, cfg, f'img_size={img_size}')
+        check_memory(planned, sum(v.nbytes for v in weights.values()), f"an image size of {img_size}")
     args = {**args, **model_args}
     if model_args: model = _from_state_dict(architecture, args, cfg, weights)
     else:
@@ -226,23 +221,30 @@ def check_finite(
             raise ValueError(f"{file}: {_some([k])} holds values that are not finite: the run that wrote it had diverged, "
                              "or the file is damaged")
 
-def load_folder(
-    folder,        # of an encoder, or of a run
-    img_size=None, # pixels, (height, width) or one number, if not as saved: positions are resampled
-    **model_args,  # other arguments of the architecture than the saved ones, such as num_classes
-)->nn.Module:      # a timm model in eval mode
-    "An encoder from config.json and model.safetensors, and from no other file"
+def read_encoder(
+    folder, # of an encoder, or of a run
+)->tuple:   # timm's name, its arguments, its pretrained_cfg, the weights, and the model on the meta device
+    "What a folder holds, checked; no memory is taken before it is"
     found = encoder_folder(folder)
     if found is None: raise FileNotFoundError(f"{folder} holds no encoder: it needs config.json and model.safetensors")
     _check_beside(found)
     check_folder_sums(found)
     file,config = found/'model.safetensors',read_json(found/'config.json')
     shapes = read_shapes(file)
-    architecture,cfg = _architecture(found, config),_pretrained_cfg(found, config)
-    args = _model_args(found, config, len(shapes))
+    architecture,args = _architecture(found, config),_model_args(found, config, len(shapes))
+    cfg = _pretrained_cfg(found, config, args)
     planned = on_meta(architecture, args, cfg, found/'config.json')
     check_shapes(file, shapes, planned)
     check_memory(planned, file.stat().st_size, found)
     weights = load_file(file)
     check_finite(file, weights)
+    return architecture,args,cfg,weights,planned
+
+def load_folder(
+    folder,        # of an encoder, or of a run
+    img_size=None, # pixels, (height, width) or one number, if not as saved: positions are resampled
+    **model_args,  # other arguments of the architecture than the saved ones, such as num_classes
+)->nn.Module:      # a timm model in eval mode
+    "An encoder from config.json and model.safetensors, and from no other file"
+    architecture,args,cfg,weights,_ = read_encoder(folder)
     return with_weights(architecture, args, cfg, weights, img_size, **model_args).eval()

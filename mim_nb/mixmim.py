@@ -10,9 +10,9 @@ import torch, torch.nn.functional as F
 from fastcore.basics import patch
 from timm.models.swin_transformer import window_partition, window_reverse
 from torch import nn
-from .arguments import check_choice, check_number, one_or_pair
+from .arguments import check_choice, check_number
 from .attention import group_mask
-from .encoders import xavier_init
+from .encoders import square_or_pair, xavier_init
 from .mae import Decoder, MAE, decoder_names
 from .masks import Cells, make_cells, random_order
 from .mim import MIM
@@ -202,7 +202,7 @@ def pictures(self:MixMIM, images, mask):
 def export_encoder(self:MixMIM)->tuple: # a copy in eval mode, timm's name for it, and its arguments
     "The encoder as timm has it, once `mim_nb` is imported"
     e = self.encoder
-    args = dict(img_size=one_or_pair(self.img_size), patch_size=one_or_pair(e.patch_embed.patch_size), in_chans=self.in_chans, num_classes=0, embed_dim=e.embed_dim,
+    args = dict(img_size=square_or_pair(self.img_size), patch_size=square_or_pair(e.patch_embed.patch_size), in_chans=self.in_chans, num_classes=0, embed_dim=e.embed_dim,
                 depths=[len(s.blocks) for s in e.layers], num_heads=[s.blocks[0].attn.num_heads for s in e.layers], window_size=e.window_size)
     out = MixMIMEncoder(**args).eval()
     out.load_state_dict(e.state_dict())

@@ -9,7 +9,7 @@ __all__ = ['show_rows', 'show_pictures', 'feature_pca', 'show_pca', 'neighbours'
 import math, torch, torch.nn.functional as F, matplotlib.pyplot as plt
 from pathlib import Path
 from .attention_heads import drawable, encoder_and_images, layer_index
-from .data import show_images
+from .plots import show_images
 from .mim import MIM
 from .probes import features, standardize
 from .runs import read_log

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['tokenizer_recipe', 'min_tokenizer_steps', 'vocabulary', 'Prepared', 'prepare', 'get_tokenizer', 'vocabulary_report']
 
-# %% ../nbs/16d_prepare.ipynb #e02e4c1a
+# %% ../nbs/16d_prepare.ipynb #216eea5b
 import torch, warnings
+from copy import deepcopy
 from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
@@ -21,7 +22,7 @@ from .runs import find_ckpts
 from .tokenizers import DVAE, load_tokenizer, perplexity, save_tokenizer, usage
 from .train import fit
 
-# %% ../nbs/16d_prepare.ipynb #7824d618
+# %% ../nbs/16d_prepare.ipynb #9afa1a56
 class Prepared(NamedTuple):
     "All that training needs"
     train:object     # the images to learn from
@@ -72,16 +73,16 @@ def prepare(
     slices(config['recipe']['batch_size'], accumulate)
     _built(config, names, folder, 'meta')
     tokenizer,found = _given_tokenizer(config, names)
-    if tokenizer: _built(found, names, folder, 'meta').set_tokenizer(tokenizer)
+    if tokenizer: _built(found, names, folder, 'meta').set_tokenizer(deepcopy(tokenizer))
     chans = found['model']['in_chans'] if folder else None
     train,test = _load_images(found, names, chans, workers)
     per_epoch = steps_per_epoch(train, config['recipe']['batch_size'])
     config['model'] = found['model'] | dict(in_chans=len(train[0][0]))
     m = _built(config, names, folder, 'cpu').to(device)
-    if getattr(m, 'teacher_name', None): m.get_teacher()      # one that cannot be had is found out now
+    if getattr(m, 'teacher_name', None): m.get_teacher()      # now, in case it cannot be had
     return Prepared(train, test, m, tokenizer, per_epoch)
 
-# %% ../nbs/16d_prepare.ipynb #b5fce6a7
+# %% ../nbs/16d_prepare.ipynb #76a2f711
 tokenizer_recipe = dict(epochs=6, batch_size=128, lr=3e-3, warmup_epochs=.2, weight_decay=1e-4)
 min_tokenizer_steps = 300     # of a tokenizer's training, however small the set
 

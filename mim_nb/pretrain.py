@@ -14,7 +14,7 @@ from pathlib import Path
 from . import timm_models        # timm then knows MixMIM's encoder, which may be a teacher
 from .arguments import check_number, check_sides, check_whole
 from .augment import Augment, resize
-from .checkpoints import save_encoder
+from .exports import save_encoder
 from .cli import command
 from .data import sample
 from .evaluate import evaluate
@@ -121,7 +121,7 @@ def _take_home(m, out, held, metrics, loss, device):
     write_json(out/'metrics.json', dict(metrics, loss=loss, machine=machine(device)))
     _report(out, metrics, m.encoder, held.labels is not None)
 
-# %% ../nbs/17_pretrain.ipynb #700c692e
+# %% ../nbs/17_pretrain.ipynb #2de1f20a
 def pretrain(
     out,             # the run's folder
     config,          # from `run_settings`
@@ -140,8 +140,8 @@ def pretrain(
         config,names,resume = on_first(lambda: begin_run(out, config, given, resume, tokenizer))
         turns = config.get('accumulate', 1) if accumulate is None else accumulate
         board = kwargs.get('tensorboard', False)
-        ready = in_turn(lambda: prepare(config, names, resume and out, device, workers, turns,
-                                        board))
+        folder = out if resume else None
+        ready = in_turn(lambda: prepare(config, names, folder, device, workers, turns, board))
         on_first(lambda: record_run(out, config, resume))
         m,few,held = ready.method,*_samples(ready)
         how = dict(device=device, workers=workers)
@@ -158,7 +158,7 @@ def pretrain(
         on_first(lambda: _take_home(m, out, held, metrics, loss, device))
         return metrics
 
-# %% ../nbs/17_pretrain.ipynb #9df4f93e
+# %% ../nbs/17_pretrain.ipynb #f1cfd1ed
 def _check_flags(**flags):
     "One sentence for the first flag that cannot work, whatever the others are"
     given = {k: v for k,v in flags.items() if v is not None}

@@ -35,11 +35,11 @@ def slices(
     n = world*accumulate
     if batch_size%n:
         raise of_all(ValueError(
-            f"a batch of {batch_size} images cannot be cut into {n} equal slices ({world} processes × "
-            f"{accumulate} turns): take a batch of {max(1, round(batch_size/n))*n}"))
+            f"a batch of {batch_size} images cannot be cut into {n} equal slices ({world} "
+            f"processes × {accumulate} turns): take a batch of {max(1, round(batch_size/n))*n}"))
     return [rank + world*j for j in range(accumulate)]
 
-# %% ../nbs/05b_ranks.ipynb #fe60b430
+# %% ../nbs/05b_ranks.ipynb #5a61a699
 def _fastest():
     if torch.cuda.is_available(): return 'cuda'
     return 'mps' if torch.backends.mps.is_available() else 'cpu'

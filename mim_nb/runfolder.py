@@ -5,20 +5,21 @@
 # %% auto #0
 __all__ = ['run_settings', 'flat_settings', 'open_run', 'run_folder', 'check_place', 'Names', 'begin_run', 'record_run']
 
-# %% ../nbs/16c_runfolder.ipynb #48ad2eb6
+# %% ../nbs/16c_runfolder.ipynb #4c736f93
 import json, os, platform, re
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
-from .arguments import check_choice, nearest
+from .arguments import nearest
 from .files import lock, read_json, remove_debris, write_json
 from .methods import get_method
 from .runconfig import (check_model, check_recipe, data_of, read_config, teacher_of,
                               tokenizer_of, write_config)
 from .runs import find_ckpts
 
-# %% ../nbs/16c_runfolder.ipynb #32e95b2a
-def _with(defaults, changes): return {**defaults, **{k: v for k,v in changes.items() if v is not None}}
+# %% ../nbs/16c_runfolder.ipynb #bbef8f17
+def _with(defaults, changes):
+    return {**defaults, **{k: v for k,v in changes.items() if v is not None}}
 
 def run_settings(
     method='beit',   # a key of `methods`
@@ -36,7 +37,8 @@ def run_settings(
     check_model(method, model)
     check_recipe(recipe)
     if scale is not None:
-        check_choice(('linear', 'sqrt'), scale=scale)
+        rules = 'linear', 'sqrt'
+        if scale not in rules: raise nearest(scale, rules, 'scaling of the learning rate')
         larger = recipe['batch_size']/cls.recipes[preset]['batch_size']
         recipe['lr'] *= larger if scale=='linear' else larger**.5
     found = dict(method=method, preset=preset, **_with({}, run), model=model, recipe=recipe)
@@ -53,7 +55,7 @@ def flat_settings(
         else: flat[prefix+name] = v
     return flat
 
-# %% ../nbs/16c_runfolder.ipynb #f1fb0a11
+# %% ../nbs/16c_runfolder.ipynb #d2dbc1a8
 _written = ('config.json', 'log.jsonl', 'new.ckpt', 'last.ckpt', 'previous.ckpt', 'metrics.json',
             'reconstructions.png', 'encoder', 'tokenizer')      # what a run writes into its folder
 
@@ -89,9 +91,9 @@ def open_run(
                          "or start another run with --out")
     return old
 
-# %% ../nbs/16c_runfolder.ipynb #ea0ddbd9
+# %% ../nbs/16c_runfolder.ipynb #8b0b0ba2
 def _remove(path):
-    "Delete a file, or those files in a folder that a run writes, and the folder if it is empty then"
+    "Delete a file, or those files in a folder that a run writes, and the empty folder"
     if not path.is_dir() or path.is_symlink(): return path.unlink(missing_ok=True)
     for p in path.iterdir():
         if p.name in (*_written, 'model.safetensors', 'SHA256SUMS'): p.unlink()
@@ -125,7 +127,7 @@ def run_folder(
             with suppress(OSError): p.rmdir()          # an empty one
         raise
 
-# %% ../nbs/16c_runfolder.ipynb #50b51501
+# %% ../nbs/16c_runfolder.ipynb #17c37b22
 def check_place(
     out,  # the folder of a run
     data, # the name of the images
@@ -138,7 +140,7 @@ def check_place(
         raise ValueError(f"the run's folder {out} lies in the folder of the images, {data}, and "
                          "its pictures would become images: name a folder elsewhere with --out")
 
-# %% ../nbs/16c_runfolder.ipynb #6e04e1bb
+# %% ../nbs/16c_runfolder.ipynb #1cb8290e
 _job_file = '.mim_nb-job.json'
 
 def _job():
@@ -179,7 +181,7 @@ def begin_run(
     source = None if ready else tokenizer_of(out, config, tokenizer)
     return config,Names(data, teacher, source, remote),True
 
-# %% ../nbs/16c_runfolder.ipynb #e3d86590
+# %% ../nbs/16c_runfolder.ipynb #151c78bc
 def record_run(
     out,     # the run's folder, which is held
     config,  # the run's settings

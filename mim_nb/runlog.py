@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['RunLog']
 
-# %% ../nbs/05d_runlog.ipynb #c8abaa94
+# %% ../nbs/05d_runlog.ipynb #c10e8bbf
 import math, signal, time, torch
 from .ranks import mean_over_ranks, of_all, ranks
 from .runs import append_row
 
-# %% ../nbs/05d_runlog.ipynb #4fdbaa6d
+# %% ../nbs/05d_runlog.ipynb #f40c671c
 def _board(folder, start):
     try: from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -104,9 +104,10 @@ class RunLog:
     def _check(self, logs, step):
         "End a run whose loss or gradient is not finite"
         when = f"between steps {step-self.n+1} and {step}"
-        for what,k in (('loss', 'loss'), ('gradient', 'grad_norm')):
-            value = logs.get(k, 0.)
-            if not math.isfinite(value): self._fail(f"{what} became {value} {when}")
+        loss,norm = logs['loss'],logs.get('grad_norm', 0.)
+        if not math.isfinite(loss):
+            self._fail(f"loss became {loss} {when} (its gradient has the norm {norm:.3g})")
+        if not math.isfinite(norm): self._fail(f"gradient became {norm} {when}")
 
     def _check_weights(self, m, step):
         "End a run whose weights are not finite, before they are saved"

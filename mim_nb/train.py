@@ -45,7 +45,7 @@ def param_groups(
     spared = [n for n,_ in m.named_parameters() if n.split('.')[-1] in no_decay]
     return param_groups_weight_decay(m, weight_decay, no_weight_decay_list=spared)
 
-# %% ../nbs/06_train.ipynb #d2dc4654
+# %% ../nbs/06_train.ipynb #ad38854f
 @dataclass(frozen=True)
 class Recipe:
     "How to train: what the table in the appendix of a paper lists"
@@ -78,7 +78,7 @@ class Recipe:
             if k not in known: raise nearest(k, known, 'setting of a recipe')
         return replace(given, **changes) if isinstance(given, cls) else cls(given, **changes)
 
-# %% ../nbs/06_train.ipynb #dc9c5851
+# %% ../nbs/06_train.ipynb #3af690ed
 def _digest_of(data):
     "A digest of the images of a set that is in memory"
     if not isinstance(data, ImageSet): return

@@ -12,13 +12,14 @@ from inspect import signature
 from pathlib import Path
 from typing import Callable, NamedTuple
 from . import timm_models        # timm then knows MixMIM's encoder
-from .arguments import check_whole, nearest, one_or_pair
+from .arguments import check_whole, nearest
 from mim_nb.attention_heads import (attention_distance, attention_diversity, attention_entropy,
     attention_maps, attention_stats, encoder_and_images, layer_index, plot_attention_stats,
     show_attention)
 from .augment import resize
 from .cli import command
-from .data import load_data, load_like, plot_style, sample
+from .data import load_data, load_like, sample
+from .plots import plot_style
 from .files import write_whole
 from .folders import encoder_folder, load_folder
 from mim_nb.pictures import (feature_pca, neighbours, plot_curves, show_neighbours, show_pca,
@@ -96,11 +97,11 @@ class Run:
         name = data_of(self.folder, self.config, given)
         allowed = given is not None and 'allow_remote' in signature(load_data).parameters
         more = dict(allow_remote=True) if allowed else {}
-        return sample(load_like(name, 'test', one_or_pair(m.img_size), m.in_chans, **more), 2000)
+        return sample(load_like(name, 'test', square_or_pair(m.img_size), m.in_chans, **more), 2000)
 
     def images(self, n):
         "The first `n` of them, float in [0,1], on the device"
-        return resize(self.data.images[:n].to(self.device), one_or_pair(self.untrained.img_size))
+        return resize(self.data.images[:n].to(self.device), square_or_pair(self.untrained.img_size))
 
 # %% ../nbs/15_visualize.ipynb #0000004b
 def _draw_pictures(run, others, layer, fig):

@@ -1,7 +1,7 @@
 """What is built can run, train, be exported and come back; all else is one sentence.
 
 420 constructors of six methods, each with one to three arguments drawn from good, odd and impossible values."""
-import math, random
+import inspect, math, random
 import pytest, torch
 from mim_nb.checkpoints import save_encoder
 from mim_nb.evaluate import features, load_encoder
@@ -16,7 +16,7 @@ VALUES = dict(
     patch_size=[2, 4, (4, 2), (2, 4), 5, 28, 56, *WHOLE],
     in_chans=[1, 2, 3, 5, *WHOLE],
     embed_dim=[16, 24, 48, 50, 7, *WHOLE],
-    depth=[1, 2, *WHOLE],
+    depth=[4, 1, 2, *WHOLE],
     depths=[(1, 1), (1,), (1, 0), (1, -1), (1, 1.5), (), (1,)*12, *WHOLE],
     num_heads=[1, 2, 3, 5, (1, 2), (5, 3), (0, 3), (-1, 3), *WHOLE],
     drop_path=[0., .1, .9, *REAL],
@@ -70,12 +70,12 @@ SMALL_MIXMIM = dict(embed_dim=16, depths=(1, 1), num_heads=(1, 2), decoder_dim=1
 def draw(name, seed):
     "Small sizes with one to three arguments replaced"
     rng = random.Random(f'{name} {seed}')
-    import inspect
     cls = methods[name]
     mro = {k for c in cls.__mro__ if '__init__' in vars(c) for k in inspect.signature(c.__init__).parameters}
     known = [k for k in VALUES if k in mro and k in inspect.signature(cls).parameters]
     small = SMALL_MIXMIM if name=='mixmim' else {k: v for k,v in SMALL.items() if k in known}
-    return small | {k: rng.choice(VALUES[k]) for k in rng.sample(known, rng.randint(1, 3))}
+    some = rng.sample(known, rng.randint(1, 3))
+    return small | {k: rng.choice(VALUES[k][:2] if rng.random()<.5 else VALUES[k]) for k in some}     # the first two are good ones
 
 @pytest.mark.parametrize('name', methods)
 def test_what_is_built_works_and_all_else_is_a_sentence(name, tmp_path):
@@ -92,4 +92,4 @@ def test_what_is_built_works_and_all_else_is_a_sentence(name, tmp_path):
         try: use(m, tmp_path/str(seed))
         except BaseException as e: raise AssertionError(f'{name} {given} was built, but: {type(e).__name__}: {e}') from e
         built += 1
-    assert built>=8 and refused>=25
+    assert built>=15 and refused>=15

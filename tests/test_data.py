@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image
-import mim_nb.data as data
+import mim_nb.data as data, mim_nb.images as images, mim_nb.named_sets as named
 from mim_nb.data import (Clothes, Folder, ImageSet, LazySet, batch_indices, batches, load_data, plot_style, show_images,
                          steps_per_epoch, to_square)
 
@@ -64,17 +64,17 @@ def test_full_from_root(tmp_path, sub, zipped):
     assert (tr.images[:,0].numpy()==noise(28,28,7).transpose(2,0,1)).all()
 
 def test_full_from_cache_or_one_sentence(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, 'fashion_dirs', []); monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    monkeypatch.setattr(named, 'fashion_dirs', []); monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
     class Offline:
         def __init__(self, *a, **k): raise urllib.error.URLError('no network')
-    monkeypatch.setattr(data, 'FashionMNIST', Offline)
+    monkeypatch.setattr(named, 'FashionMNIST', Offline)
     with pytest.raises(FileNotFoundError, match='could not be downloaded.*no network.*shipped subset'): load_data('fashion_mnist_full')
     write_idx(tmp_path/'mim_nb/FashionMNIST/raw', True)
     assert len(load_data('fashion_mnist_full'))==7
 
 def test_download_lands_where_it_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, 'fashion_dirs', []); monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
-    monkeypatch.setattr(data, 'FashionMNIST', lambda root, download: write_idx(Path(root)/'FashionMNIST'/'raw', True))
+    monkeypatch.setattr(named, 'fashion_dirs', []); monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    monkeypatch.setattr(named, 'FashionMNIST', lambda root, download: write_idx(Path(root)/'FashionMNIST'/'raw', True))
     assert len(load_data('fashion_mnist_full', 'test'))==3
 
 def test_other_sizes_and_channels():
@@ -229,7 +229,7 @@ class Stream(torch.utils.data.IterableDataset):
     def __iter__(self): return ((Image.fromarray(noise(9,12,seed=i)), None) for i in range(5))
 
 def test_stream(monkeypatch):
-    monkeypatch.setattr(data, 'create_dataset', lambda *a, **k: Stream()); monkeypatch.setattr(data, 'find_spec', lambda o: True)
+    monkeypatch.setattr(named, 'create_dataset', lambda *a, **k: Stream()); monkeypatch.setattr(named, 'find_spec', lambda o: True)
     d = load_data('wds/x')
     assert d.images.shape==(5,3,9,9) and d.labels is None
     with pytest.raises(ValueError, match='stream.*raise max_bytes'): load_data('wds/x', max_bytes=400)
@@ -237,9 +237,9 @@ def test_stream(monkeypatch):
 def test_timm_errors(monkeypatch, tmp_path):
     def offline(*a, **k): raise urllib.error.URLError('no network')
     with pytest.raises(ValueError, match='torch/cifar10'): load_data('torch/cifar1', root=tmp_path)
-    monkeypatch.setattr(data, 'create_dataset', offline)
+    monkeypatch.setattr(named, 'create_dataset', offline)
     with pytest.raises(FileNotFoundError, match='torch/cifar10 is not in .*no network'): load_data('torch/cifar10', root=tmp_path)
-    monkeypatch.setattr(data, 'find_spec', lambda o: None)
+    monkeypatch.setattr(named, 'find_spec', lambda o: None)
     with pytest.raises(ImportError, match='pip install datasets'): load_data('hfds/beans')
     with pytest.raises(ImportError, match='pip install tensorflow-datasets'): load_data('tfds/beans')
 
@@ -312,12 +312,12 @@ def test_bus_error_in_a_worker():
                                    RuntimeError('unable to open shared memory object </torch_2> in read/write mode')])
 def test_shared_memory_errors(monkeypatch, folder, error):
     def broken(*a, **k): raise error; yield
-    monkeypatch.setattr(data, 'DataLoader', broken)
+    monkeypatch.setattr(images, 'DataLoader', broken)
     with pytest.raises(RuntimeError, match='2 loading workers ran out of shared memory'): next(batches(load_data(folder, img_size=8, max_bytes=0), 4, workers=2))
 
 def test_other_worker_errors_pass(monkeypatch, folder):
     def broken(*a, **k): raise RuntimeError('something else'); yield
-    monkeypatch.setattr(data, 'DataLoader', broken)
+    monkeypatch.setattr(images, 'DataLoader', broken)
     with pytest.raises(RuntimeError, match='^something else'): next(batches(load_data(folder, img_size=8, max_bytes=0), 4))
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')

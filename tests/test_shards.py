@@ -4,11 +4,13 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image
-import mim_nb.data as data
+import mim_nb.data as data, mim_nb.images as images, mim_nb.named_sets as named
 from mim_nb.data import Folder, ImageSet, LazySet, Strings, batch_indices, batches, load_data, open_image, sample, to_square
 from mim_nb.mim import MIMOut
 from mim_nb.pretrain import mim_pretrain
-from mim_nb.shards import Shards, StreamSet, expand, is_shards, loading_speed, read_headers, scan, write_shards
+from mim_nb.shards import Shards, is_shards
+from mim_nb.streams import StreamSet, loading_speed
+from mim_nb.tars import expand, read_headers, scan, write_shards
 from mim_nb.train import fit
 
 few = settings(max_examples=30, deadline=None)
@@ -118,7 +120,7 @@ def test_decoded_images_are_encoded(tmp_path, quality):
 
 def test_cache(tmp_path, cache, monkeypatch):
     p = shard(tmp_path/'a.tar', range(3)); first = scan(p)
-    monkeypatch.setattr('mim_nb.shards.read_headers', lambda o: 1/0)
+    monkeypatch.setattr('mim_nb.tars.read_headers', lambda o: 1/0)
     assert all((v==first[k]).all() for k,v in scan(p).items())
     shard(p, range(4))
     with pytest.raises(ZeroDivisionError): scan(p)                   # it changed
@@ -228,7 +230,7 @@ def test_load_data_streams(monkeypatch):
         classes = ['a','b']
         def __len__(self): return 30
         def __iter__(self): return ((noise(i), i%2) for i in range(30))
-    monkeypatch.setattr(data, 'create_dataset', lambda *a, **k: Stream()); monkeypatch.setattr(data, 'find_spec', lambda o: True)
+    monkeypatch.setattr(named, 'create_dataset', lambda *a, **k: Stream()); monkeypatch.setattr(named, 'find_spec', lambda o: True)
     small,large = load_data('wds/x', img_size=8),load_data('wds/x', img_size=8, max_bytes=100)
     assert isinstance(small, ImageSet) and isinstance(large, StreamSet) and small.classes==large.classes==['a','b']
     x,y = next(batches(large, 30, workers=1)); order = next(batch_indices(30, 30, near=2000)); assert (x==small.images[order]).all()
@@ -239,12 +241,12 @@ def test_readers_do_not_divide(monkeypatch):
     class Source(torch.utils.data.IterableDataset):
         reader = Reader()
         def __iter__(self): return ((noise(i), 0) for i in range(self.reader.dist_rank, 6, self.reader.dist_num_replicas))
-    monkeypatch.setattr(data, 'create_dataset', lambda *a, **k: Source()); monkeypatch.setattr(data, 'find_spec', lambda o: True)
+    monkeypatch.setattr(named, 'create_dataset', lambda *a, **k: Source()); monkeypatch.setattr(named, 'find_spec', lambda o: True)
     d = load_data('tfds/x'); assert len(d)==6 and d.classes==['a']
 
 @pytest.mark.parametrize('name,package', [('wds/x','webdataset'), ('hfds/x','datasets'), ('hfids/x','datasets'), ('tfds/x','tensorflow-datasets')])
 def test_missing_packages(monkeypatch, name, package):
-    monkeypatch.setattr(data, 'find_spec', lambda o: None)
+    monkeypatch.setattr(named, 'find_spec', lambda o: None)
     with pytest.raises(ImportError, match=f'{name} needs a package that is not installed: pip install {package}$'): load_data(name)
 
 def test_webdataset(uneven, tmp_path):
@@ -300,7 +302,7 @@ def test_a_process_with_workers_ends():
 
 def test_pinned_on_a_gpu(monkeypatch, uneven):
     seen = []
-    monkeypatch.setattr(data, 'DataLoader', lambda *a, **k: seen.append(k) or [])
+    monkeypatch.setattr(images, 'DataLoader', lambda *a, **k: seen.append(k) or [])
     d = load_data(uneven, img_size=8, max_bytes=0)
     for device in ('cpu', 'cuda'): list(batches(d, 4, device=device, workers=3))
     assert [o['pin_memory'] for o in seen]==[False, True] and seen[0]['num_workers']==3
