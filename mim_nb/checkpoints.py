@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 from . import timm_models                                       # so that MixMIM's encoders have a name
 from .authors_tokenizers import DalleTokenizer, VQGANTokenizer
+from .exports import save_encoder                         # has this address, too
 from .folders import check_memory, encoder_folder, read_encoder
 from .methods import get_method, methods, nearest
 from .pickles import read_weights, unwrap
