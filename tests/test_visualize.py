@@ -7,8 +7,8 @@ import matplotlib.pyplot as plt
 from mim_nb import attention_heads as heads
 from mim_nb.attention_heads import *
 from mim_nb.beit import BEiT
-from mim_nb.checkpoints import save_encoder
-from mim_nb.data import ImageSet
+from mim_nb.exports import save_encoder
+from mim_nb.images import ImageSet
 from mim_nb.mae import MAE
 from mim_nb.methods import create, methods
 from mim_nb.pictures import *
