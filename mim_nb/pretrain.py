@@ -23,11 +23,12 @@ from .files import write_json
 from .prepare import get_tokenizer, prepare, vocabulary_report
 from .ranks import get_device, in_turn, on_first, ranks, together
 from .runconfig import write_config
-from .runfolder import (begin_run, check_run_place, flat_settings, open_run, record_run,
-                              run_folder, run_settings)
+from .runfolder import (begin_run, check_run_place, flat_settings, record_run, run_folder,
+                              run_settings)
 from .runs import find_ckpts
 from .train import fit
-from .visualize import save_figure, show_pictures
+from .visualize import save_figure
+from .pictures import show_pictures
 
 # %% ../nbs/17_pretrain.ipynb #00000008
 settings,save_run,vocabulary = run_settings,write_config,vocabulary_report    # names of version 0.1
