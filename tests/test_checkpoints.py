@@ -8,7 +8,8 @@ from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
 from timm.models.beit import Beit
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
-from mim_nb.checkpoints import build, load_official, looks_like, read_weights, translate, unwrap
+from mim_nb.checkpoints import build, load_official, looks_like, translate
+from mim_nb.pickles import read_weights, unwrap
 from mim_nb.convert import mim_convert_cli, push_to_hub, save_transformers
 from mim_nb.exports import save_encoder
 from mim_nb.methods import create, get_method, methods
