@@ -16,14 +16,13 @@ from .cli import command
 from .data import load_like
 from .encoders import square_or_pair
 from .files import read_json, write_json
-from .flops import (block_flops, counted_flops, decoder_flops, forward_flops, fresh, gpu_days,
-    hidden_patches, mae_flops, shapes_only, silent_step, step_flops, untrained_tokenizers, vit_flops)
+from .flops import counted_flops, forward_flops, fresh, step_flops
 from .images import ImageSet, batches, steps_per_epoch
 from .methods import get_method
 from .pretrain import machine
 from .ranks import get_device
 from .streams import loading_speed
-from .timing import Marks, matmul_rate, recipe_step, step_dtype, step_parts, time_steps
+from .timing import matmul_rate, recipe_step, step_parts, time_steps
 
 # %% ../nbs/19_benchmark.ipynb #00000020
 def crop_room(

@@ -12,17 +12,16 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 from . import timm_models        # timm then knows MixMIM's encoder
 from .arguments import check_whole, nearest
-from mim_nb.attention_heads import (attention_distance, attention_diversity, attention_entropy,
-    attention_maps, attention_stats, encoder_and_images, layer_index, plot_attention_stats,
-    show_attention)
+from .encoders import square_or_pair
+from .attention_heads import (attention_stats, encoder_and_images, layer_index,
+                                    plot_attention_stats, show_attention)
 from .augment import resize
 from .cli import command
 from .data import load_like, sample
 from .encoders import square_or_pair
 from .files import write_whole
 from .folders import encoder_folder, load_folder
-from mim_nb.pictures import (feature_pca, neighbours, plot_curves, show_neighbours, show_pca,
-    show_pictures)
+from .pictures import plot_curves, show_neighbours, show_pca, show_pictures
 from .plots import plot_style
 from .ranks import get_device
 from .runconfig import build_method, data_of, read_config, teacher_of

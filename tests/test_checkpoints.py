@@ -8,9 +8,10 @@ from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
 from timm.models.beit import Beit
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
-from mim_nb import checkpoints as ck
-from mim_nb.checkpoints import Loaded, build, load_official, looks_like, read_weights, save_encoder, translate, unwrap, write_folder
-from mim_nb.convert import mim_convert, mim_convert_cli, push_to_hub, save_transformers
+from mim_nb.checkpoints import build, load_official, looks_like, translate
+from mim_nb.pickles import read_weights, unwrap
+from mim_nb.convert import mim_convert_cli, push_to_hub, save_transformers
+from mim_nb.exports import save_encoder
 from mim_nb.methods import create, get_method, methods
 from mim_nb.tokenizers import DVAE
 
@@ -279,7 +280,8 @@ def test_modules_that_hold_each_other(tmp_path):
 
 def test_every_flipped_bit_in_the_records_of_an_archive(tmp_path):
     "1,000 bits and 100 pages: the numbers are as before, or the file is refused"
-    torch.save(WEIGHTS['mae'], tmp_path/'f.pth')
+    weights = {k: v for k,v in WEIGHTS['mae'].items() if k.startswith('blocks.0')}
+    torch.save(weights, tmp_path/'f.pth')
     original,rng,noticed = (tmp_path/'f.pth').read_bytes(),random.Random(0),0
     for i in range(1100):
         data = bytearray(original); at = rng.randrange(len(data))
@@ -288,7 +290,7 @@ def test_every_flipped_bit_in_the_records_of_an_archive(tmp_path):
         (tmp_path/'g.pth').write_bytes(data)
         try: w = read_weights(tmp_path/'g.pth')
         except ValueError as e: noticed += 1
-        else: assert w.keys()==WEIGHTS['mae'].keys() and all(torch.equal(v, WEIGHTS['mae'][k]) for k,v in w.items()), (i, at)
+        else: assert w.keys()==weights.keys() and all(torch.equal(v, weights[k]) for k,v in w.items()), (i, at)
     assert noticed>900                                                      # the others hit the padding between two records
 
 def test_safetensors_that_lie(tmp_path):

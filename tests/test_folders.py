@@ -3,7 +3,8 @@ import json, random, resource, shutil, time
 from pathlib import Path
 import pytest, timm, torch
 from safetensors.torch import load_file, save_file
-from mim_nb.checkpoints import load_official, save_encoder
+from mim_nb.checkpoints import load_official
+from mim_nb.exports import save_encoder
 from mim_nb.encoders import sincos_vit
 from mim_nb.files import check_folder_sums
 from mim_nb.folders import check_memory, encoder_folder, load_folder, on_meta, unknown_model
