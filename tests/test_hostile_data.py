@@ -765,7 +765,7 @@ def test_fingerprints_are_cheap(tmp_path):
 def test_data_draws_nothing_and_modules_depend_downwards():
     import ast
     root = Path(__file__).parents[1]/'mim_nb'
-    order = ['images', 'decode', 'lazy', 'folders', 'augment', 'tars', 'streams', 'shards', 'plots',
+    order = ['images', 'decode', 'arguments', 'lazy', 'image_folders', 'augment', 'tars', 'streams', 'shards', 'plots',
              'named_sets', 'data']
     for i,name in enumerate(order):
         for o in ast.walk(ast.parse((root/f'{name}.py').read_text())):
@@ -778,9 +778,7 @@ def test_data_draws_nothing_and_modules_depend_downwards():
 
 def test_old_names_are_where_they_were():
     import mim_nb.data, mim_nb.shards
-    data = """plot_style fashion_classes fashion_dirs show_images ImageSet steps_per_epoch
-        batch_indices batches to_square LazySet image_files Strings open_image check_split
-        split_folders Folder cache_dir read_idx Clothes load_data load_like sample"""
-    shards = 'write_shards expand read_headers scan is_shards Shards StreamSet loading_speed'
+    data = 'fashion_classes ImageSet steps_per_epoch batch_indices batches LazySet Folder Clothes load_data load_like sample'
+    shards = 'is_shards Shards'
     assert [o for o in data.split() if not hasattr(mim_nb.data, o)]==[]
     assert [o for o in shards.split() if not hasattr(mim_nb.shards, o)]==[]
