@@ -12,7 +12,9 @@ from functools import partial
 from timm.layers import LayerNorm, trunc_normal_
 from timm.models.beit import Beit
 from torch import nn
-from .masks import block_mask, pick, places
+from .arguments import check_choice, check_grid, check_number, check_sides, check_transformer, check_whole
+from .masks import block_mask, make_mask, pick
+from .encoders import square_or_pair
 from .mim import MIM
 from .patches import patch_grid
 
@@ -64,37 +66,68 @@ class BEiT(MIM):
         shared_bias=True,    # one table of position biases for all layers; False: one a layer, as in fine-tuned weights
         init_std=.02,        # of the first weights, see `beit_init`
     ):
-        patch_grid(img_size, patch_size)                  # says so if they do not fit
+        check_sides(img_size=img_size, patch_size=patch_size)
+        check_grid(patch_grid(img_size, patch_size))
+        heads = max(1, embed_dim//64) if num_heads is None else num_heads
+        check_transformer(embed_dim, depth, heads, drop_path)
+        check_whole(1, 2**12, in_chans=in_chans)
+        check_whole(2, 2**20, vocab_size=vocab_size)
+        check_number(above=0, below=1, mask_ratio=mask_ratio)
+        check_number(above=0, init_std=init_std, init_values=init_values)
+        check_choice((True, False), shared_bias=shared_bias)
         encoder = Beit(img_size, patch_size, in_chans, num_classes=0, global_pool='token', embed_dim=embed_dim, depth=depth,
-                       num_heads=num_heads or max(1, embed_dim//64), drop_path_rate=drop_path, init_values=init_values,
+                       num_heads=heads, drop_path_rate=drop_path, init_values=init_values,
                        use_abs_pos_emb=False, use_rel_pos_bias=not shared_bias, use_shared_rel_pos_bias=shared_bias,
                        norm_layer=partial(LayerNorm, eps=1e-6))
         super().__init__(encoder, mean, std)
-        self.mask_token,self.head = nn.Parameter(torch.zeros(1, 1, embed_dim)),nn.Linear(embed_dim, vocab_size)
-        if not 0<mask_ratio<1: raise ValueError(f"mask_ratio must lie between 0 and 1, got {mask_ratio}")
-        if not init_std>0: raise ValueError(f"init_std must be greater than 0, got {init_std}: the authors take .02")
-        self.num_masked,self.min_block = round(self.num_patches*mask_ratio),min_block or max(1, round(self.num_patches*16/196))
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.head = nn.Linear(embed_dim, vocab_size)
+        L = self.num_patches
+        self.num_masked = round(L*mask_ratio)
+        self.min_block = min(self.num_masked, max(1, round(L*16/196))) if min_block is None else min_block
+        self.check_masks()
         self.set_tokenizer(tokenizer)
         beit_init(self, init_std)
 
+    def check_masks(self):
+        "One clear sentence for masks that cannot be drawn"
+        L = self.num_patches
+        if not 0<self.num_masked<L: raise ValueError(f"this mask_ratio hides {self.num_masked} of {L} patches, but at least one must be hidden and one visible: change it, or take smaller patches")
+        block_mask(1, self.grid, self.num_masked, self.min_block, generator=torch.Generator())
+        if self.min_block>self.num_masked: raise ValueError(f"min_block is {self.min_block}, larger than the {self.num_masked} patches that are hidden: most masks would stay empty; lower it, or hide more")
+
     def sample_mask(self, n, generator=None):
-        return block_mask(n, self.grid, self.num_masked, self.min_block, generator=generator, device=self.device)
+        draw = lambda: block_mask(n, self.grid, self.num_masked, self.min_block, generator=generator)
+        mask = draw()
+        while not mask.any(): mask = draw()               # ten failed tries may leave a very small batch without a block
+        return make_mask(mask).to(self.device)
 
     def encode(self, x, mask):
         e = self.encoder
-        x = torch.where(mask[...,None], self.mask_token, e.patch_embed(x))
+        x = torch.where(mask.hidden[...,None], self.mask_token, e.patch_embed(x))
         x = torch.cat([e.cls_token.expand(len(x), -1, -1), x], 1)
         bias = e.rel_pos_bias() if e.rel_pos_bias else None               # None: each block has its own
         for block in e.blocks: x = block(x, shared_rel_pos_bias=bias)
         return e.norm(x)
 
-    def decode(self, z, mask): return self.head(pick(z[:,1:], places(mask).hidden))
+    def decode(self, z, mask): return self.head(pick(z[:,1:], mask.hidden_at))
 
-    def target(self, images): return self.get_tokenizer().ids(images)
+    def target(self, images):
+        with torch.autocast(images.device.type, enabled=False): return self.get_tokenizer().ids(images)
 
-    def loss(self, pred, target, mask, z): return F.cross_entropy(pred, pick(target, places(mask).hidden))
+    def loss(self, pred, target, mask, z):
+        self.check_target(target, mask)
+        return F.cross_entropy(pred, pick(target, mask.hidden_at))
 
-    def logs(self, pred, target, mask): return dict(accuracy=(pred.argmax(-1)==pick(target, places(mask).hidden)).float().mean())
+    def logs(self, pred, target, mask):
+        right = pred.argmax(-1)==pick(target, mask.hidden_at)
+        return dict(accuracy=right.float().mean())
+
+    def check_target(self, target, mask):
+        "One clear sentence for a target that is not the tokenizer's ids"
+        want = tuple(mask.hidden.shape)
+        if target.dtype!=torch.long or tuple(target.shape)!=want:
+            raise ValueError(f"the target must be the tokenizer's ids, long {want}, got {target.dtype} {tuple(target.shape)}: pass what tokenizer.ids(images) returns")
 
 # %% ../nbs/08_beit.ipynb #0000000e
 BEiT.official = [('.*relative_position_index', None), ('mask_token', 'mask_token'), (r'lm_head\.(.*)', r'head.\1'), ('(.*)', r'encoder.\1')]
@@ -115,9 +148,11 @@ def set_tokenizer(self:BEiT,
 ):
     "Let `t` give the targets"
     if t is not None:
+        lacks = [k for k in ('grid', 'vocab_size', 'ids', 'decode') if not hasattr(t, k)]
+        if lacks: raise ValueError(f"{type(t).__name__} is no tokenizer: it has no {lacks[0]}; give a DVAE, or what load_official('dalle', …) returns")
         if tuple(t.grid)!=self.grid: raise ValueError(f"the tokenizer gives a grid of {t.grid[0]}x{t.grid[1]} tokens and the encoder has {self.grid[0]}x{self.grid[1]} patches: they must agree; change patch_size or img_size of one of them")
         if t.vocab_size!=self.head.out_features: raise ValueError(f"the tokenizer has {t.vocab_size} tokens and the head {self.head.out_features}: create the method with vocab_size={t.vocab_size}")
-        t.requires_grad_(False).eval()
+        t = t.requires_grad_(False).eval().to(self.device)
     self.tokenizer = t
 
 @patch
@@ -132,7 +167,7 @@ def get_tokenizer(self:BEiT):
 def export_encoder(self:BEiT)->tuple: # a `Beit` with a bias table in each layer, timm's name for it, and its arguments
     "The encoder as timm has it"
     e = self.encoder
-    args = dict(img_size=self.img_size[0], patch_size=self.patch_size[0], in_chans=self.in_chans, num_classes=0, global_pool='token', embed_dim=e.embed_dim,
+    args = dict(img_size=square_or_pair(self.img_size), patch_size=square_or_pair(self.patch_size), in_chans=self.in_chans, num_classes=0, global_pool='token', embed_dim=e.embed_dim,
                 depth=len(e.blocks), num_heads=e.blocks[0].attn.num_heads, init_values=e.blocks[0].init_values, use_abs_pos_emb=False, use_rel_pos_bias=True)
     out,weights = Beit(**args).eval(),e.state_dict()
     table = weights.pop('rel_pos_bias.relative_position_bias_table', None)
@@ -156,4 +191,5 @@ def reconstruct(self:BEiT,
 @patch
 def pictures(self:BEiT, images, mask):
     rows = super(BEiT, self).pictures(images, mask)
-    with torch.no_grad(): return {**rows, "the tokenizer's own picture: the best that could be reached": self.tokenizer.decode(self.tokenizer.ids(images))}
+    with torch.no_grad(): best = self.tokenizer.decode(self.tokenizer.ids(images))
+    return {**rows, "the tokenizer's own picture: the best that could be reached": best}

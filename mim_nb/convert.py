@@ -6,13 +6,17 @@
 __all__ = ['transformers_names', 'mim_convert_cli', 'transformers_weights', 'save_transformers', 'mim_convert', 'push_to_hub']
 
 # %% ../nbs/18b_convert.ipynb #00000002
-import json, re, sys, timm, torch, warnings
+import importlib.util, re, sys, warnings
 from fastcore.imports import IN_NOTEBOOK
 from pathlib import Path
 from timm.models import push_to_hf_hub
+from .arguments import check_number, check_sides, check_whole
 from .beit import BEiT
-from .checkpoints import load_official, save_encoder, write_folder
+from .checkpoints import exported_folder, load_official
 from .cli import command
+from .exports import check_target, save_encoder
+from .files import read_json, write_folder
+from .folders import load_folder
 from .mae import MAE
 from .methods import get_method
 
@@ -76,13 +80,44 @@ def save_transformers(
     "Write a method, decoder and head included, for `from_pretrained` of Hugging Face's transformers"
     if isinstance(m, BEiT): table,config,fixed = transformers_names[BEiT],_beit_config(m),{}
     elif type(m) is MAE: table,config,fixed = transformers_names[MAE],_mae_config(m),{'decoder.pos_embed': m.decoder.pos_embed}
-    else: raise ValueError(f"transformers has no class for {type(m).__name__}'s pretraining, only for BEiT's (mc-BEiT's network is the same) and MAE's: write a timm folder with save_encoder")
+    else: raise ValueError(f"transformers has no class for {type(m).__name__}'s pretraining, only for BEiT's (mc-BEiT's network "
+                           "is the same) and MAE's: write a timm folder with save_encoder")
+    for name in ('img_size', 'patch_size'):
+        if len(set(getattr(m, name)))>1:
+            raise ValueError(f"transformers takes square images and patches only, and {name} is {getattr(m, name)}: write a timm folder with save_encoder")
     weights = {k: v for k,v in m.state_dict().items() if not k.startswith('tokenizer.')}
     write_folder(folder, transformers_weights(table, {**weights, **fixed}), config=config, preprocessor_config=_preprocessing(m))
 
+# %% ../nbs/18b_convert.ipynb #6888987c
+def _check_place(file, out):
+    "Where the result may go, and may not"
+    check_target(out)
+    source = exported_folder(file)
+    if source and source.resolve() in (Path(out).resolve(), *Path(out).resolve().parents):
+        raise ValueError(f"{out} lies in {source}, the folder of the encoder that is read: name another folder for the result")
+
+def _check_push(repo):
+    "What an upload needs, before there is anything to upload"
+    if importlib.util.find_spec('huggingface_hub') is None:
+        raise ImportError("--push needs the package huggingface_hub: pip install huggingface_hub, or leave out --push")
+    if not re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', repo): raise ValueError(f"--push takes user/name, such as you/encoder, got {repo!r}")
+
+def _check_arguments(method, format, size, mean, std, heads, push):
+    "Arguments that can work"
+    get_method(method)
+    if format not in ('timm', 'transformers'): raise ValueError(f"format must be timm or transformers, got {format!r}")
+    if format=='transformers' and (size is not None or push):
+        raise ValueError("--size and --push go with --format timm: transformers resamples positions when the model runs, "
+                         "and uploads with `huggingface-cli upload`")
+    if size is not None: check_sides(size=size)
+    if mean is not None: check_number(mean=mean)
+    if std is not None: check_number(above=0, std=std)
+    if heads is not None: check_whole(1, 2**16, heads=heads)
+    if push: _check_push(push)
+
 # %% ../nbs/18b_convert.ipynb #00000014
 def mim_convert(
-    file:str,             # what the authors published, .pth or .safetensors
+    file:str,             # what the authors published, .pth or .safetensors, or an encoder's folder
     method:str,           # whose it is: beit, mcbeit, mae, deepmim, saim or mixmim
     out:str,              # folder to write
     format:str='timm',    # timm (the encoder) or transformers (BEiT and MAE, all of it)
@@ -93,9 +128,8 @@ def mim_convert(
     push:str=None,        # user/name of a model on the Hugging Face Hub, to upload the encoder to
 ):
     "Turn a published file into a folder that timm, or Hugging Face's transformers, loads"
-    get_method(method)
-    if format not in ('timm', 'transformers'): raise ValueError(f"format must be timm or transformers, got {format!r}")
-    if format=='transformers' and (size or push): raise ValueError("--size and --push go with --format timm: transformers resamples positions when the model runs, and uploads with `huggingface-cli upload`")
+    _check_arguments(method, format, size, mean, std, heads, push)
+    _check_place(file, out)
     given = {k: v for k,v in dict(mean=mean, std=std, num_heads=heads).items() if v is not None}
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')                   # what `loaded` says is printed
@@ -103,8 +137,15 @@ def mim_convert(
     print(m.loaded)
     if format=='transformers': save_transformers(m, out)
     else: save_encoder(m, out, size)
-    print(f"{out}   " + (f"timm.create_model('local-dir:{out}', pretrained=True)" if format=='timm' else f"{json.loads((Path(out)/'config.json').read_text())['architectures'][0]}.from_pretrained('{out}')"))
+    print(f"{out}   {_how_to_load(out, format)}")
     if push: print(push_to_hub(out, push))
+
+def _how_to_load(out, format):
+    "The line of Python that loads the result"
+    config = read_json(Path(out)/'config.json')
+    if format=='transformers': return f"{config['architectures'][0]}.from_pretrained('{out}')"
+    ours = 'import mim_nb.timm_models; ' if config['architecture'].startswith('mixmim_') else ''
+    return f"{ours}timm.create_model('local-dir:{out}', pretrained=True)"
 
 mim_convert_cli = command(mim_convert)
 
@@ -119,6 +160,11 @@ def push_to_hub(
     **kwargs  # to `timm.models.push_to_hf_hub`, such as private, commit_message, model_card
 ):
     "Upload an encoder to the Hugging Face Hub, through timm"
-    args = json.loads((Path(folder)/'config.json').read_text())['model_args']
-    model = timm.create_model(f'local-dir:{folder}', pretrained=True)
-    return push_to_hf_hub(model, repo_id, **{**dict(model_args=args, task_name='image-feature-extraction', safe_serialization=True), **kwargs})
+    _check_push(repo_id)
+    model,args = load_folder(folder),read_json(Path(folder)/'config.json')['model_args']
+    known = dict(model_args=args, task_name='image-feature-extraction', safe_serialization=True) | kwargs
+    try: return push_to_hf_hub(model, repo_id, **known)
+    except Exception as e:                                # of any of the libraries between here and the Hub
+        why = (str(e).splitlines() or [''])[0][:160]
+        raise OSError(f"{folder} could not be uploaded to {repo_id} ({type(e).__name__}: {why}): it is complete, so see to the network "
+                      "and to `huggingface-cli login`, and upload it with mim_nb.convert.push_to_hub") from e

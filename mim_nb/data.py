@@ -9,17 +9,14 @@ __all__ = ['load_data', 'load_like', 'sample', 'fingerprint']
 import hashlib, os, warnings
 import torch
 from itertools import chain, islice
-from pathlib import Path
 from torch.utils.data import IterableDataset, Subset
-from .decode import check_size, looks, open_image, to_size, to_square
-from .folders import Folder, check_split, image_files, split_folders
+from .decode import check_size, looks, to_size, to_square
+from .image_folders import Folder, check_split
 from .images import ImageSet, batch_indices, batches, fashion_classes, steps_per_epoch
-from .lazy import LazySet, Strings
-from .named_sets import Clothes, fashion_dirs, packages, read_idx, timm_source, unknown
-from .plots import plot_style, show_images
+from .lazy import LazySet
+from .named_sets import Clothes, packages, timm_source, unknown
 from .shards import Shards, is_shards
 from .streams import StreamSet
-from .tars import cache_dir
 
 # %% ../nbs/00h_data.ipynb #5cee445b
 def _source(name, split, root, allow_remote):

@@ -13,9 +13,10 @@ from pathlib import Path
 from timm.layers import to_2tuple
 from torch import nn
 from .augment import resize
-from .encoders import encoder_folder
+from .folders import encoder_folder, load_folder
 from .mae import Decoder, MAE
-from .masks import pick, places
+from .arguments import check_choice, check_whole
+from .masks import pick
 from .patches import patchify, unpatchify
 
 # %% ../nbs/11_deepmim.ipynb #0000000c
@@ -68,20 +69,20 @@ def teacher_model(
     pretrained=True, # with its weights; False: on PyTorch's meta device, for its sizes only
 ):
     "A timm model to learn from"
-    folder = encoder_folder(name); found = f'local-dir:{folder}' if folder else name
-    kind = "the folder of a run or of an encoder, or a name from timm.list_pretrained()"
+    folder = encoder_folder(name)
+    if folder: return load_folder(folder)
     try:
-        if pretrained: return timm.create_model(found, pretrained=True)
-        with torch.device('meta'): return timm.create_model(found)
+        if pretrained: return timm.create_model(name, pretrained=True)
+        with torch.device('meta'): return timm.create_model(name)
     except Exception as e:
         why = f"the weights of the teacher {name!r} cannot be had" if pretrained else f"there is no teacher {name!r}"
-        raise ValueError(f"{why} ({type(e).__name__}: {str(e).splitlines()[0][:120]}): give {kind}, or learn from pixels without a teacher; timm downloads weights once, which needs a network") from e
+        raise ValueError(f"{why} ({type(e).__name__}: {str(e).splitlines()[0][:120]}): give the folder of a run or of an encoder, or a name from timm.list_pretrained(), "
+                         "or learn from pixels without a teacher; timm downloads weights once, which needs a network") from e
 
 # %% ../nbs/11_deepmim.ipynb #00000021
 class DeepMIM(MAE):
     "MAE with a decoder at each of several depths; the target is pixels, or a teacher's features (arXiv 2303.08817)"
     frozen = 'teacher',
-    teacher = None
     presets = {k: {**p, 'decoder_depth': p['decoder_depth']//2} for k,p in MAE.presets.items()}
     recipes = {k: {**r, 'epochs': 1600} if k in ('base', 'large') else r for k,r in MAE.recipes.items()}
 
@@ -95,35 +96,46 @@ class DeepMIM(MAE):
         feature_dim=None, # numbers a feature; None: the teacher's
         **kwargs
     ):
+        check_choice((None, 'pixels', 'features'), target_kind=target_kind)
+        if feature_dim is not None: check_whole(1, 2**16, feature_dim=feature_dim)
         kind = target_kind or ('pixels' if teacher is None and feature_dim is None else 'features')
-        if kind not in ('pixels', 'features'): raise ValueError(f"target_kind must be 'pixels' or 'features', got {target_kind!r}")
         if kind=='pixels' and teacher is not None: raise ValueError("a teacher has no part in target_kind='pixels': leave out one of the two")
         if kind=='features' and teacher is None and feature_dim is None: raise ValueError("target_kind='features' needs a teacher, or feature_dim for features that are given as target=…")
         by_name = isinstance(teacher, (str, Path))
         if by_name: teacher = str(teacher)
         elif teacher is not None and not isinstance(teacher, Teacher): teacher = Teacher(teacher)
-        if feature_dim is None and teacher is not None: feature_dim = (Teacher(teacher_model(teacher, False)) if by_name else teacher).width
-        self.taps,self.target_kind,self.feature_dim,self.teacher_name = taps,kind,feature_dim,teacher if by_name else None
+        if feature_dim is None and teacher is not None:
+            known = Teacher(teacher_model(teacher, False)) if by_name else teacher
+            feature_dim = known.width
+        self.taps,self.target_kind,self.feature_dim = taps,kind,feature_dim
+        self.teacher_name = teacher if by_name else None
         super().__init__(*args, decoder_depth=decoder_depth, **kwargs)
+        self.teacher = None
         if not by_name: self.set_teacher(teacher)
 
     def add_decoder(self, dim, depth, heads):
-        self.taps,out = _check_taps(self.taps, len(self.encoder.blocks)),self.patch_numbers if self.target_kind=='pixels' else self.feature_dim
-        self.decoders = nn.ModuleList(Decoder(self.encoder.embed_dim, out, self.grid, dim, depth, heads) for _ in self.taps)
+        self.taps = _check_taps(self.taps, len(self.encoder.blocks))
+        out = self.patch_numbers if self.target_kind=='pixels' else self.feature_dim
+        make = lambda: Decoder(self.encoder.embed_dim, out, self.grid, dim, depth, heads)
+        self.decoders = nn.ModuleList(make() for _ in self.taps)
 
     def encode(self, x, mask):
-        x,seen = self.embed(x, mask),{}
+        x = self.embed(x, mask)
+        seen = {}
         for i,block in enumerate(self.encoder.blocks, 1): seen[i] = x = block(x)
         return [*(seen[t] for t in self.taps[:-1]), self.encoder.norm(x)]
 
-    def decode(self, z, mask): return torch.stack([d(t, mask) for d,t in zip(self.decoders, z)])
+    def decode(self, z, mask):
+        return torch.stack([d(tap, mask.hidden, mask.shown_at) for d,tap in zip(self.decoders, z)])
 
-    def target(self, images): return super().target(images) if self.target_kind=='pixels' else self.get_teacher()(images, self.grid).float()
+    def target(self, images):
+        if self.target_kind=='pixels': return super().target(images)
+        return self.get_teacher()(images, self.grid).float()
 
     def tap_losses(self, pred, target, mask):
         "The loss of each tap, (taps,)"
-        hidden = places(mask).hidden
-        pred,target = torch.stack([pick(p, hidden) for p in pred]).float(),pick(target, hidden)
+        pred = torch.stack([pick(p, mask.hidden_at) for p in pred]).float()
+        target = pick(target, mask.hidden_at)
         if self.target_kind=='pixels': return (pred-target).pow(2).mean((1,2))
         return (2-2*F.cosine_similarity(pred, target, -1)).mean(1)
 
@@ -144,7 +156,7 @@ def set_teacher(self:DeepMIM,
         if self.target_kind=='pixels': raise ValueError("this DeepMIM predicts pixels: create it with target_kind='features'")
         t = t if isinstance(t, Teacher) else Teacher(t)
         if t.width!=self.feature_dim: raise ValueError(f"the teacher's features have {t.width} numbers and the decoders predict {self.feature_dim}: create the method with feature_dim={t.width}")
-    object.__setattr__(self, 'teacher', t)        # past nn.Module, which would save and train it
+    self.teacher = None if t is None else t.to(self.device)
 
 @patch
 def get_teacher(self:DeepMIM):
@@ -152,7 +164,7 @@ def get_teacher(self:DeepMIM):
     if self.teacher is None:
         if self.teacher_name is None: raise ValueError("this DeepMIM has no teacher, so it has no target: pass target=…, or give it one with m.set_teacher(t)")
         self.set_teacher(self.teacher_name)
-    return self.teacher.to(self.device)
+    return self.teacher
 
 # %% ../nbs/11_deepmim.ipynb #0000002c
 _numbered = [(r'mask_token{}', r'decoders.{}.mask_token'), (r'decoder_embed{}\.(.*)', r'decoders.{}.embed.\1'), (r'decoder_pred{}\.(.*)', r'decoders.{}.head.\1'),
@@ -184,9 +196,12 @@ def reconstruct(self:DeepMIM,
 @torch.no_grad()
 def pictures(self:DeepMIM, images, mask):
     "Rows of images: what is shown, and what each tap makes of it; for features, how well it agrees with the teacher"
-    out,shown = self(images, mask),torch.where(mask[...,None], .5, patchify(images, self.patch_size))
-    rows = {'images': images, 'what is shown': unpatchify(shown, self.patch_size, self.grid)}
-    if self.target_kind=='pixels': return rows | {f'after block {t}': self.to_images(p.float(), images, mask) for t,p in zip(self.taps, out.pred)}
+    mask = self.as_mask(mask, len(images))
+    out,hidden,patches = self(images, mask),mask.hidden,patchify(images, self.patch_size)
+    paint = lambda value: unpatchify(torch.where(hidden[...,None], value, patches), self.patch_size, self.grid)
+    rows = {'images': images, 'what is shown': paint(.5)}
+    if self.target_kind=='pixels':
+        return rows | {f'after block {t}': self.to_images(p.float(), images, hidden) for t,p in zip(self.taps, out.pred)}
     agree = F.cosine_similarity(out.pred.float(), out.target, -1).clamp(0, 1)[...,None]
-    return rows | {f'after block {t}: cosine with the teacher at hidden patches, from 0 (black) to 1': unpatchify(torch.where(mask[...,None], a, patchify(images, self.patch_size)), self.patch_size, self.grid)
-                   for t,a in zip(self.taps, agree)}
+    title = 'after block {}: cosine with the teacher at hidden patches, from 0 (black) to 1'
+    return rows | {title.format(t): paint(a) for t,a in zip(self.taps, agree)}

@@ -126,7 +126,7 @@ def _load(data, workers, device, **how):
 
 def _start_worker(_):
     torch.set_num_threads(1)
-    for s in {'SIGINT', 'SIGUSR1'} & set(dir(signal)):
+    for s in {'SIGINT', 'SIGUSR1', 'SIGHUP'} & set(dir(signal)):
         signal.signal(getattr(signal, s), signal.SIG_IGN)
     if not hasattr(signal, 'sigwaitinfo'): return
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

@@ -13,33 +13,35 @@ from timm.layers import LayerNorm
 from timm.models.vision_transformer import Block
 from torch import nn
 from .encoders import export_vit, sincos_vit, xavier_init
-from .masks import num_hidden, pick, places, random_mask
+from .arguments import check_choice, check_heads, check_number, check_whole
+from .masks import make_mask, num_hidden, pick, random_mask
 from .mim import MIM
 from .patches import denormalize_patches, normalize_patches, patchify, sincos_pos_embed, unpatchify
 
 # %% ../nbs/10_mae.ipynb #0000000e
 def visible(
-    x:torch.Tensor,    # tokens of all patches, (B,L,D)
-    mask:torch.Tensor, # bool (B,L), True = hidden; each row hides the same number
-)->torch.Tensor:       # (B,visible,D), in row order
+    x:torch.Tensor, # tokens of all patches, (B,L,D)
+    mask,           # a `Mask` of which each row hides the same number
+)->torch.Tensor:    # (B,visible,D), in row order
     "The tokens that are not hidden"
-    if mask.dtype!=torch.bool or mask.shape!=x.shape[:2]:
-        raise ValueError(f"the mask must be bool of shape {tuple(x.shape[:2])}, True = hidden; got {mask.dtype} {tuple(mask.shape)}")
-    _,shown,counts = places(mask)
-    least,most = (mask.shape[1]-f(counts) for f in (max, min))
-    if not 0<least==most: raise ValueError(f"each image must show the same number of patches, and at least one; this mask shows {least} to {most}: draw it with random_mask")
-    return pick(x, shown).unflatten(0, (len(x), -1))
+    if mask.count is None or not len(mask.shown_at):
+        shown = (~mask.hidden).sum(1)
+        raise ValueError(f"each image must show the same number of patches, and at least one; this mask shows {int(shown.min())} to {int(shown.max())}: draw it with random_mask")
+    return pick(x, mask.shown_at).unflatten(0, (len(x), -1))
 
 # %% ../nbs/10_mae.ipynb #00000015
 def fill(
-    x:torch.Tensor,     # visible tokens in row order, (B,visible,D), or all tokens, (B,L,D), of which hidden ones are ignored
-    token:torch.Tensor, # what to put in hidden places, broadcast to (B,L,D)
-    mask:torch.Tensor,  # bool (B,L), True = hidden
-)->torch.Tensor:        # (B,L,D)
+    x:torch.Tensor,      # visible tokens in row order, (B,visible,D); or all tokens, (B,L,D), of which hidden ones are ignored
+    token:torch.Tensor,  # what to put in hidden places, broadcast to (B,L,D)
+    hidden:torch.Tensor, # bool (B,L), True = hidden
+    shown_at=None,       # where the visible tokens belong, see `Mask`; None: `x` has all tokens
+)->torch.Tensor:         # (B,L,D)
     "Visible tokens in their places, `token` in all others"
-    if x.shape[1]==mask.shape[1]: return torch.where(mask[...,None], token.to(x.dtype), x)
-    blank = token.to(x.dtype).expand(*mask.shape, -1).flatten(0, 1)
-    return torch.index_copy(blank, 0, places(mask).shown, x.flatten(0, 1)).unflatten(0, mask.shape)
+    token = token.to(x.dtype)
+    if shown_at is None: return torch.where(hidden[...,None], token, x)
+    blank = token.expand(*hidden.shape, -1).flatten(0, 1)
+    filled = torch.index_copy(blank, 0, shown_at, x.flatten(0, 1))
+    return filled.unflatten(0, hidden.shape)
 
 # %% ../nbs/10_mae.ipynb #00000018
 class Decoder(nn.Module):
@@ -55,22 +57,30 @@ class Decoder(nn.Module):
         eps=1e-6,       # of the norms
     ):
         super().__init__()
-        heads = num_heads or max(1, dim//32)
-        if depth<0: raise ValueError(f"a decoder has 0 blocks or more, got {depth}")
-        if dim%heads: raise ValueError(f"a decoder {dim} wide cannot be cut into {heads} heads: choose decoder_heads among the divisors of decoder_dim")
+        check_whole(1, 2**16, decoder_dim=dim)
+        check_whole(0, 2**12, decoder_depth=depth)
+        heads = max(1, dim//32) if num_heads is None else num_heads
+        check_whole(1, 2**16, decoder_heads=heads)
+        check_heads(dim, heads, 'decoder')
         norm = partial(LayerNorm, eps=eps)
-        self.prefix,self.embed,self.mask_token = prefix,nn.Linear(in_dim, dim),nn.Parameter(torch.zeros(1, 1, dim))
+        self.prefix = prefix
+        self.embed = nn.Linear(in_dim, dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.register_buffer('pos_embed', sincos_pos_embed(dim, grid, prefix)[None], persistent=False)
         self.blocks = nn.Sequential(*(Block(dim, heads, qkv_bias=True, norm_layer=norm) for _ in range(depth)))
-        self.norm,self.head = norm(dim),nn.Linear(dim, out_dim)
+        self.norm = norm(dim)
+        self.head = nn.Linear(dim, out_dim)
 
     def forward(self,
-        z,    # the encoder's tokens, (B,prefix+visible,in_dim), or (B,prefix+L,in_dim) of which hidden ones are ignored
-        mask, # bool (B,L), True = hidden
-    ):        # (B,L,out_dim)
-        x,p = self.embed(z),self.prefix
-        x = torch.cat([x[:,:p], fill(x[:,p:], self.mask_token, mask)], 1) + self.pos_embed
-        return self.head(self.norm(self.blocks(x))[:,p:])
+        z,             # the encoder's tokens, (B,prefix+visible,in_dim); or (B,prefix+L,in_dim) of which hidden ones are ignored
+        hidden,        # bool (B,L), True = hidden
+        shown_at=None, # where the visible tokens belong, see `Mask`; None: `z` has all tokens
+    ):                 # (B,L,out_dim)
+        x = self.embed(z)
+        prefix,patches = x[:,:self.prefix],x[:,self.prefix:]
+        patches = fill(patches, self.mask_token, hidden, shown_at)
+        x = torch.cat([prefix, patches], 1) + self.pos_embed
+        return self.head(self.norm(self.blocks(x))[:,self.prefix:])
 
 # %% ../nbs/10_mae.ipynb #0000001c
 class MAE(MIM):
@@ -102,9 +112,13 @@ class MAE(MIM):
         norm_pix=True,       # predict each patch brought to mean 0 and variance 1, not the pixels themselves
         mean=None, std=None, # of the encoder's normalisation, see `MIM`
     ):
-        super().__init__(sincos_vit(img_size, patch_size, in_chans, embed_dim, depth, num_heads, drop_path), mean, std)
+        check_number(above=0, below=1, mask_ratio=mask_ratio)
+        check_choice((True, False), norm_pix=norm_pix)
+        encoder = sincos_vit(img_size, patch_size, in_chans, embed_dim, depth, num_heads, drop_path)
+        super().__init__(encoder, mean, std)
         self.mask_ratio,self.norm_pix = mask_ratio,norm_pix
-        num_hidden(self.num_patches, mask_ratio)           # says so if nothing would be hidden, or nothing visible
+        num_hidden(self.num_patches, mask_ratio)           # an error if nothing would be hidden, or nothing visible
+        if norm_pix and self.patch_numbers<2: raise ValueError("a patch of a single number has no variance to be normalised: take larger patches, or norm_pix=False")
         self.add_decoder(decoder_dim, decoder_depth, decoder_heads)
         xavier_init(self)
 
@@ -119,17 +133,20 @@ class MAE(MIM):
         x = visible(e.patch_embed(x) + e.pos_embed[:,1:], mask)
         return torch.cat([(e.cls_token + e.pos_embed[:,:1]).expand(len(x), -1, -1), x], 1)
 
-    def sample_mask(self, n, generator=None): return random_mask(n, self.num_patches, self.mask_ratio, generator, self.device)
+    def sample_mask(self, n, generator=None):
+        L = self.num_patches
+        mask = random_mask(n, L, self.mask_ratio, generator, self.device)
+        return make_mask(mask, num_hidden(L, self.mask_ratio))
 
     def encode(self, x, mask): return self.encoder.norm(self.encoder.blocks(self.embed(x, mask)))
 
-    def decode(self, z, mask): return self.decoder(z, mask)
+    def decode(self, z, mask): return self.decoder(z, mask.hidden, mask.shown_at)
 
     def target(self, images):
         patches = patchify(self.normalize(images), self.patch_size)
         return normalize_patches(patches)[0] if self.norm_pix else patches
 
-    def loss(self, pred, target, mask, z): return pick(pred-target, places(mask).hidden).pow(2).mean()
+    def loss(self, pred, target, mask, z): return pick(pred-target, mask.hidden_at).pow(2).mean()
 
 # %% ../nbs/10_mae.ipynb #00000028
 decoder_names = [('decoder_pos_embed', None), ('mask_token', 'decoder.mask_token'), (r'decoder_embed\.(.*)', r'decoder.embed.\1'),
@@ -176,6 +193,8 @@ def reconstruct(self:MAE,
 
 @patch
 def pictures(self:MAE, images, mask):
+    mask = self.as_mask(mask, len(images))
     rows = super(MAE, self).pictures(images, mask)
     if not self.norm_pix: return rows
-    return {**rows, 'what a prediction of nothing would look like': self.to_images(torch.zeros(1, device=images.device), images, mask)}
+    nothing = self.to_images(torch.zeros(1, device=images.device), images, mask.hidden)
+    return {**rows, 'what a prediction of nothing would look like': nothing}

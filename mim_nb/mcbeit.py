@@ -10,7 +10,8 @@ import torch, torch.nn.functional as F
 from fastcore.meta import delegates
 from torch.utils.checkpoint import checkpoint
 from .beit import BEiT
-from .masks import pick, places, random_mask
+from .arguments import check_choice, check_number
+from .masks import make_mask, num_hidden, pick, random_mask
 
 # %% ../nbs/09_mcbeit.ipynb #00000014
 def refine(
@@ -28,17 +29,22 @@ def refine(
 def cross_entropies(
     pred,   # logits at hidden places, (hidden,V)
     target, # the tokenizer's logits, (B,L,V)
-    mask,   # bool (B,L), True = hidden
+    mask,   # a `Mask`
     tau,    # temperature of the choices
 )->torch.Tensor: # (hidden,L)
     "Cross-entropy of each prediction with the choices of every patch of its image"
-    def some(q, t):
-        q = q.unflatten(0, (len(t), -1))
-        return (q.logsumexp(-1, keepdim=True) - q @ (t/tau).softmax(-1).mT).flatten(0, 1)     # -p·log q, as p sums to 1
-    counts = places(mask).counts
-    n = max(1, 2**23//target[0].numel()) if len(set(counts))==1 else 1                        # images at a time, if all hide equally many
-    pairs = zip(pred.split([sum(counts[i:i+n]) for i in range(0, len(counts), n)]), target.float().split(n))
-    return torch.cat([checkpoint(some, q, t, use_reentrant=False, preserve_rng_state=False) for q,t in pairs])
+    def some(logits, choices):
+        "Of a few images that hide equally many patches: -p·log q, as p sums to 1"
+        logits = logits.unflatten(0, (len(choices), -1))
+        p = (choices/tau).softmax(-1)
+        return (logits.logsumexp(-1, keepdim=True) - logits @ p.mT).flatten(0, 1)
+    if mask.count is None:                                         # images differ: one after the other
+        images,sizes = 1,mask.hidden.sum(1).tolist()
+    else:
+        images = max(1, 2**23//target[0].numel())
+        sizes = [len(t)*mask.count for t in target.split(images)]
+    pairs = zip(pred.split(sizes), target.float().split(images))
+    return torch.cat([checkpoint(some, *pair, use_reentrant=False, preserve_rng_state=False) for pair in pairs])
 
 # %% ../nbs/09_mcbeit.ipynb #00000022
 class McBEiT(BEiT):
@@ -55,25 +61,33 @@ class McBEiT(BEiT):
         mask_ratio=.75, # part of the patches to hide, in (0,1)
         **kwargs
     ):
-        for n,v in dict(tau=tau, tau_sim=tau_sim).items():
-            if not v>0: raise ValueError(f"{n} is a temperature and must be greater than 0, got {v}: the paper takes tau=4, tau_sim=1")
-        if not 0<=omega<=1: raise ValueError(f"omega must lie between 0 (a patch's own choices) and 1 (those of similar patches), got {omega}")
+        check_number(above=0, tau=tau, tau_sim=tau_sim)
+        check_number(low=0, high=1, omega=omega)
+        check_number(above=0, below=1, mask_ratio=mask_ratio)
+        check_choice((True, False), detach=detach)
+        self.tau,self.omega,self.tau_sim,self.detach = tau,omega,tau_sim,detach
+        self.mask_ratio = mask_ratio
         super().__init__(*args, mask_ratio=mask_ratio, **kwargs)
-        self.tau,self.omega,self.tau_sim,self.detach,self.mask_ratio = tau,omega,tau_sim,detach,mask_ratio
 
-    def sample_mask(self, n, generator=None): return random_mask(n, self.num_patches, self.mask_ratio, generator, self.device)
+    def check_masks(self): num_hidden(self.num_patches, self.mask_ratio)
 
-    def target(self, images): return self.get_tokenizer().logits(images)
+    def sample_mask(self, n, generator=None):
+        L = self.num_patches
+        mask = random_mask(n, L, self.mask_ratio, generator, self.device)
+        return make_mask(mask, num_hidden(L, self.mask_ratio))
+
+    def target(self, images):
+        with torch.autocast(images.device.type, enabled=False): return self.get_tokenizer().logits(images)
 
     def loss(self, pred, target, mask, z):
-        want = (*mask.shape, self.head.out_features)
+        want = (*mask.hidden.shape, self.head.out_features)
         if target.shape!=want: raise ValueError(f"the target must be the tokenizer's logits, of shape {want}, got {tuple(target.shape)}")
         with torch.autocast(z.device.type, enabled=False):
             f = F.normalize((z.detach() if self.detach else z)[:,1:].float(), dim=-1)
-            hidden = places(mask).hidden
-            w = pick((f @ f.mT / self.tau_sim).softmax(-1), hidden)
+            w = pick((f @ f.mT / self.tau_sim).softmax(-1), mask.hidden_at)
             ce = cross_entropies(pred.float(), target, mask, self.tau)
-            own = ce.gather(1, hidden[:,None]%mask.shape[1])[:,0]
+            patch = mask.hidden_at[:,None] % self.num_patches
+            own = ce.gather(1, patch)[:,0]
             return (self.omega*(w*ce).sum(1) + (1-self.omega)*own).mean()
 
     def logs(self, pred, target, mask): return super().logs(pred, target.argmax(-1), mask)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from .masks import Mask, make_mask
 from .patches import patchify, unpatchify
 
 # %% ../nbs/05_mim.ipynb #0000000a
@@ -22,13 +23,34 @@ class MIMOut(NamedTuple):
     logs: dict           # numbers worth logging: name -> tensor ()
 
 # %% ../nbs/05_mim.ipynb #0000000c
-def _per_channel(v, in_chans, gray, colour):
-    "`v` as a (1,C,1,1) tensor; None means the usual value for this number of channels"
-    if v is None: v = colour if in_chans==3 else [gray]*in_chans
-    v = torch.as_tensor(v, dtype=torch.float32).flatten()
+def _per_channel(values, in_chans, grey, colour, name):
+    "`values` as a (1,C,1,1) tensor; None means the usual value for this number of channels"
+    if values is None: values = colour if in_chans==3 else [grey]*in_chans
+    try: v = torch.as_tensor(values, dtype=torch.float32).flatten()
+    except (TypeError, ValueError, RuntimeError): raise ValueError(f"{name} must be numbers, got {values!r}") from None
     if len(v) not in (1, in_chans):
         raise ValueError(f"mean and std need 1 or {in_chans} values for images of {in_chans} channels, got {len(v)}: pass one a channel")
+    if v.device.type!='meta' and not (v.isfinite().all() and (name!='std' or (v>0).all())):
+        kind = 'finite numbers' if name=='mean' else 'finite numbers greater than 0'
+        raise ValueError(f"{name} must be {kind}, got {values}: measure it on the training images")
     return v.expand(in_chans).reshape(1, -1, 1, 1).clone()
+
+# %% ../nbs/05_mim.ipynb #5399acb9
+def _drop_frozen(m, weights, prefix):
+    starts = tuple(f'{prefix}{name}.' for name in m.frozen)
+    for key in [k for k in weights if k.startswith(starts)]: del weights[key]
+
+def _without_frozen(m, weights, prefix, *_):
+    "After `state_dict`: what a frozen module holds is not saved"
+    if m.frozen: _drop_frozen(m, weights, prefix)
+
+def _with_frozen(m, weights, prefix, *_):
+    "Before loading: a frozen module keeps the weights it has"
+    if not m.frozen: return
+    _drop_frozen(m, weights, prefix)
+    for name in m.frozen:
+        if (module := getattr(m, name)) is None: continue
+        weights.update({f'{prefix}{name}.{k}': v for k,v in module.state_dict().items()})
 
 # %% ../nbs/05_mim.ipynb #0000000d
 class MIM(nn.Module):
@@ -45,8 +67,12 @@ class MIM(nn.Module):
         super().__init__()
         self.encoder = encoder
         c = self.in_chans
-        self.register_buffer('mean', _per_channel(mean, c, .286, IMAGENET_DEFAULT_MEAN), persistent=False)
-        self.register_buffer('std', _per_channel(std, c, .353, IMAGENET_DEFAULT_STD), persistent=False)
+        mean = _per_channel(mean, c, .286, IMAGENET_DEFAULT_MEAN, 'mean')
+        std = _per_channel(std, c, .353, IMAGENET_DEFAULT_STD, 'std')
+        self.register_buffer('mean', mean, persistent=False)
+        self.register_buffer('std', std, persistent=False)
+        self.register_state_dict_post_hook(_without_frozen)
+        self.register_load_state_dict_pre_hook(_with_frozen)
 
     @property
     def device(self): return self.mean.device
@@ -68,10 +94,6 @@ class MIM(nn.Module):
     def loss(self, pred, target, mask, z): raise NotImplementedError
     def logs(self, pred, target, mask): return {}
     def reconstruct(self, images, mask=None): raise NotImplementedError
-    def pictures(self, images, mask):
-        "Rows of images (B,C,H,W) worth looking at, by title"
-        shown = torch.where(mask[...,None], .5, patchify(images, self.patch_size))
-        return {'images': images, 'what is shown': unpatchify(shown, self.patch_size, self.grid), 'what is predicted': self.reconstruct(images, mask)}
     def export_encoder(self): raise NotImplementedError
 
     def normalize(self, images): return (images-self.mean)/self.std
@@ -83,30 +105,54 @@ class MIM(nn.Module):
             if getattr(self, n) is not None: getattr(self, n).eval()
         return self
 
+    def as_mask(self,
+        mask,   # bool (B,L), True = hidden; or a `Mask`
+        n=None, # images that it is for; None: as many as it has rows
+    ):
+        "The mask as the steps take it, or one clear sentence"
+        if not isinstance(mask, Mask): mask = make_mask(mask).to(self.device)
+        n = len(mask.hidden) if n is None else n
+        if mask.hidden.shape!=(n, self.num_patches):
+            raise ValueError(f"the mask must have shape {(n, self.num_patches)}, a row for each image and a value for each patch, "
+                             f"got {tuple(mask.hidden.shape)}: draw it with m.sample_mask({n})")
+        if not len(mask.hidden_at): raise ValueError("this mask hides nothing, so there is nothing to predict: hide at least one patch")
+        return mask
+
     def check_images(self, images):
         "One clear sentence for images that this method cannot take"
         want = (self.in_chans, *self.img_size)
         if not images.is_floating_point():
             raise ValueError(f"images must be float in [0, 1], got {images.dtype}: divide bytes by 255")
-        if images.ndim!=4 or tuple(images.shape[1:])!=want:
+        if images.ndim!=4 or tuple(images.shape[1:])!=want or not len(images):
             raise ValueError(f"this method takes images of shape (B, {want[0]}, {want[1]}, {want[2]}), got {tuple(images.shape)}: "
                              "resize the images, or create the method with that img_size and in_chans")
+        if images.dtype!=self.mean.dtype and not torch.is_autocast_enabled(images.device.type):
+            raise ValueError(f"images must be {self.mean.dtype} as the method's weights are, got {images.dtype}: convert them with images.to({self.mean.dtype})")
 
     def forward(self,
         images:torch.Tensor, # (B,C,H,W), float in [0,1]
-        mask=None,           # what to hide; None: drawn by `sample_mask`
+        mask=None,           # what to hide, as a tensor or as `sample_mask` gives it; None: drawn
         target=None,         # what to predict; None: computed by `target`
         generator=None,      # a `torch.Generator` for the mask; None: PyTorch's global one
     ) -> MIMOut:
         self.check_images(images)
         x = self.normalize(images)
         if mask is None: mask = self.sample_mask(len(x), generator)
+        mask = self.as_mask(mask, len(x))
         if target is None:
             with torch.no_grad(): target = self.target(images)
         z = self.encode(x, mask)
         pred = self.decode(z, mask)
         loss = self.loss(pred, target, mask, z)
-        with torch.no_grad(): return MIMOut(loss, pred, target, mask, self.logs(pred, target, mask))
+        with torch.no_grad(): logs = self.logs(pred, target, mask)
+        return MIMOut(loss, pred, target, mask.tensor, logs)
+
+    def pictures(self, images, mask):
+        "Rows of images (B,C,H,W) worth looking at, by title"
+        hidden = self.as_mask(mask, len(images)).hidden
+        shown = torch.where(hidden[...,None], .5, patchify(images, self.patch_size))
+        shown = unpatchify(shown, self.patch_size, self.grid)
+        return {'images': images, 'what is shown': shown, 'what is predicted': self.reconstruct(images, mask)}
 
 # %% ../nbs/05_mim.ipynb #0000001e
 def leak(
@@ -116,10 +162,10 @@ def leak(
 )->tuple:                # largest gradient to the patch's own pixels (must be exactly 0), and to any other pixel (must not be)
     "How much the predictions of hidden patches depend on those patches' own pixels"
     images = images.clone().requires_grad_()
+    mask = m.as_mask(m.sample_mask(len(images)) if mask is None else mask)
     with torch.no_grad(): target = m.target(images)
     out = m(images, mask, target)
-    partial = out.mask.dtype==torch.bool and out.mask.ndim==2          # an order (SAIM) or a shared mask (MixMIM) predicts every patch
-    where = (out.mask if partial else torch.ones(len(images), m.num_patches)).nonzero()
+    where = mask.predicted(len(images)).nonzero()
     own,other = 0.,0.
     for i,(b,l) in enumerate(where):
         p = out.pred[i] if out.pred.ndim==2 else out.pred[..., b, l, :]

@@ -16,7 +16,7 @@ from PIL import Image
 from timm.data import ImageDataset, create_dataset
 from torchvision.datasets import FashionMNIST
 from .decode import open_image
-from .folders import check_split, split_kind, split_names
+from .image_folders import check_split, split_kind, split_names
 from .images import fashion_classes
 from .shards import Shards, is_shards
 from .streams import InOrder

@@ -12,7 +12,8 @@ from timm.layers import Mlp
 from torch import nn
 from .attention import causal_block
 from .encoders import export_vit, sincos_vit, xavier_init
-from .masks import note, noted, random_order
+from .arguments import check_choice, check_number, check_whole
+from .masks import Order, make_order, random_order
 from .mim import MIM
 from .patches import denormalize_patches, normalize_patches, patchify, unpatchify
 
@@ -38,6 +39,7 @@ def gaussian_kernel(
 def _check_blur(blur, sides):
     if not isinstance(blur, (tuple, list)) or len(blur)!=2: raise ValueError(f"blur is a pair (kernel, sigma) in pixels, such as (9, 1.), or None for a sharp target; got {blur}")
     size,sigma = blur
+    check_number(blur_kernel=size, blur_sigma=sigma)
     if size<1 or size%2!=1: raise ValueError(f"the kernel of the blur must be odd, to have a middle, got {size}: take {max(1, int(size)-1)} or {max(1, int(size)+1)}")
     if size>min(sides): raise ValueError(f"the kernel of the blur has {size} pixels and the image only {min(sides)}: take a smaller one, about 6 sigma are enough, or blur=None")
     if not sigma>0: raise ValueError(f"sigma of the blur must be greater than 0, got {sigma}: for a sharp target take blur=None")
@@ -89,28 +91,45 @@ class SAIM(MIM):
         norm_pix=True,       # bring each patch of the target to mean 0 and variance 1
         mean=None, std=None, # of the encoder's normalisation, see `MIM`
     ):
+        check_choice(('random', 'raster'), order=order)
+        check_choice((True, False), share_weight=share_weight, norm_pix=norm_pix)
         e = sincos_vit(img_size, patch_size, in_chans, embed_dim, depth, num_heads, drop_path)
         super().__init__(e, mean, std)
         query_depth = depth if query_depth is None else query_depth
+        check_whole(query_depth=query_depth)
         if not 0<query_depth<=depth or depth%query_depth:
             raise ValueError(f"query_depth must divide the encoder's depth {depth}, got {query_depth}: take one of {', '.join(str(d) for d in range(1, depth+1) if depth%d==0)}")
-        if order not in ('random','raster'): raise ValueError(f"order must be 'random' or 'raster', got {order!r}: for any other, pass mask=order, long (B, {self.num_patches})")
         if blur is not None: _check_blur(blur, self.img_size)
         self.query_depth,self.order,self.norm_pix = query_depth,order,norm_pix
         self.query_blocks = e.blocks if share_weight else copy.deepcopy(e.blocks[:query_depth])
-        self.head = Mlp(embed_dim, 4*embed_dim, self.patch_size[0]*self.patch_size[1]*in_chans)
-        self.register_buffer('kernel', None if blur is None else gaussian_kernel(*blur).repeat(in_chans, 1, 1, 1))
+        pixels = self.patch_size[0]*self.patch_size[1]*in_chans
+        if norm_pix and pixels<2: raise ValueError("a patch of a single number has no variance to be normalised: take larger patches, or norm_pix=False")
+        self.head = Mlp(embed_dim, 4*embed_dim, pixels)
+        kernel = None if blur is None else gaussian_kernel(*blur).repeat(in_chans, 1, 1, 1)
+        self.register_buffer('kernel', kernel)
         self.register_load_state_dict_pre_hook(_merge_qkv)
         saim_init(self)
 
     def sample_mask(self, n, generator=None):
-        if self.order=='random': return random_order(n, self.num_patches, generator, self.device)
-        return note(torch.arange(self.num_patches, device=self.device).expand(n, -1), 'an order')
+        L = self.num_patches
+        if self.order=='random': order = random_order(n, L, generator, self.device)
+        else: order = torch.arange(L, device=self.device).expand(n, -1)
+        return make_order(order, check=False)
+
+    def as_mask(self,
+        mask,   # long (B,L): `mask[b,k]` is the patch revealed k-th; or an `Order`
+        n=None, # images that it is for; None: as many as it has rows
+    ):
+        "The order as the steps take it, or one clear sentence"
+        order = mask.order if isinstance(mask, Order) else mask
+        want = (len(order) if n is None else n, self.num_patches)
+        if order.dtype!=torch.long or tuple(order.shape)!=want:
+            raise ValueError(f"SAIM's mask is an order, long {want}: order[b,k] is the patch revealed k-th; got {order.dtype} {tuple(order.shape)}")
+        return mask if isinstance(mask, Order) else make_order(order).to(self.device)
 
     def encode(self, x, mask):
-        self.check_order(mask, len(x))
         e,z = self.encoder,[]
-        h = by_turn(e.patch_embed(x)+e.pos_embed[:,1:], mask)
+        h = by_turn(e.patch_embed(x)+e.pos_embed[:,1:], mask.order)
         h = torch.cat([(e.cls_token+e.pos_embed[:,:1]).expand(len(x), -1, -1), h], 1)
         for i,block in enumerate(e.blocks, 1):
             h = causal_block(block, h)
@@ -118,9 +137,9 @@ class SAIM(MIM):
         return z
 
     def decode(self, z, mask):
-        g = self.encoder.pos_embed[0,1:][mask]
+        g = self.encoder.pos_embed[0,1:][mask.order]
         for block,h in zip(self.query_blocks, z): g = causal_block(block, g, h[:,:-1])
-        return by_turn(self.head(self.encoder.norm(g)), mask.argsort(1))
+        return by_turn(self.head(self.encoder.norm(g)), mask.turn)
 
     def target(self, images):
         p = self.patches(images)
@@ -129,7 +148,7 @@ class SAIM(MIM):
     def loss(self, pred, target, mask, z): return F.mse_loss(pred.to(target.dtype), target)
 
     def logs(self, pred, target, mask):
-        e = (pred-target).square().mean(-1).gather(1, mask)
+        e = (pred-target).square().mean(-1).gather(1, mask.order)
         q = max(1, self.num_patches//4)
         return dict(early=e[:,:q].mean(), late=e[:,-q:].mean())
 
@@ -143,15 +162,6 @@ def patches(self:SAIM,
     with torch.autocast(x.device.type, enabled=False):
         if self.kernel is not None: x = F.conv2d(x, self.kernel, padding=self.kernel.shape[-1]//2, groups=x.shape[1])
     return patchify(x, self.patch_size)
-
-@patch
-def check_order(self:SAIM, order, n):
-    "One clear sentence for what is no order"
-    want = (n, self.num_patches)
-    if order.dtype!=torch.long or tuple(order.shape)!=want:
-        raise ValueError(f"SAIM's mask is an order, long {want}: order[b,k] is the patch revealed k-th; got {order.dtype} {tuple(order.shape)}")
-    if not noted(order) and not torch.equal(order.sort(1).values, torch.arange(want[1], device=order.device).expand(want)):
-        raise ValueError(f"an order must name each of the {want[1]} patches exactly once in every row: make it with random_order or torch.randperm")
 
 # %% ../nbs/12_saim.ipynb #00000039
 SAIM.official = [('gaussian_blur.weight', 'kernel'), (r'prediction_head\.(.*)', r'head.\1'), (r'(query_blocks\..*)', r'\1'), ('(.*)', r'encoder.\1')]
@@ -190,7 +200,8 @@ def reconstruct(self:SAIM,
 @torch.no_grad()
 def pictures(self:SAIM, images, mask):
     "Rows of images worth looking at, by title"
-    turns = (mask.argsort(1)[...,None]/self.num_patches).expand(-1, -1, self.head.fc2.out_features)
+    mask = self.as_mask(mask, len(images))
+    turns = (mask.turn[...,None]/self.num_patches).expand(-1, -1, self.head.fc2.out_features)
     return {'images': images, 'turns: the later, the brighter': unpatchify(turns, self.patch_size, self.grid),
             'the target' + ('' if self.kernel is None else ': blurred'): self.paint(self.target(images), images),
             'each patch predicted from the true ones before it': self.reconstruct(images, mask)}
@@ -204,7 +215,8 @@ def complete(self:SAIM,
     known=0,     # patches that are given, the first of the order
 )->torch.Tensor: # (1+L-known,B,C,H,W) in [0,1]: the images after each turn
     "Go on with images whose first patches are given, a patch a turn, each from those before it, the painted ones included"
-    x,turn = patchify(images, self.patch_size),mask.argsort(1)[...,None]
+    mask = self.as_mask(mask, len(images))
+    x,turn = patchify(images, self.patch_size),mask.turn[...,None]
     frames = [torch.where(turn<known, x, .5)]
     for k in range(known, self.num_patches):
         now = self.normalize(unpatchify(frames[-1], self.patch_size, self.grid))

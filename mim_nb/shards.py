@@ -12,10 +12,9 @@ from glob import glob
 from pathlib import Path
 from fastprogress.fastprogress import progress_bar
 from .decode import open_image
-from .folders import (check_split, image_endings, is_folder, list_folder, printable,
+from .image_folders import (check_split, image_endings, is_folder, list_folder, printable,
                             split_folders, split_kind, split_names, warn_one_sided)
-from .streams import StreamSet, loading_speed
-from .tars import cache_dir, expand, read_headers, scan, write_shards
+from .tars import expand, scan
 
 # %% ../nbs/00c_shards.ipynb #0000001d
 def is_shards(name):

@@ -11,7 +11,7 @@ import numpy as np
 from itertools import chain, islice
 from math import prod
 from pathlib import Path
-from .folders import image_endings, largest_file
+from .image_folders import image_endings, largest_file
 
 # %% ../nbs/00bb_tars.ipynb #cd33dc78
 def _encoded(im, quality):

@@ -6,14 +6,18 @@
 __all__ = ['perplexity', 'DVAEOut', 'DVAE', 'usage', 'save_tokenizer', 'load_tokenizer']
 
 # %% ../nbs/07_tokenizers.ipynb #00000003
-import json, math
+import inspect, math
 from pathlib import Path
 from typing import NamedTuple
 import torch, torch.nn.functional as F
 from safetensors.torch import load_file
+from timm.layers import to_2tuple
 from torch import nn
+from .arguments import check_number, check_sides, check_whole
+from .encoders import square_or_pair
+from .files import check_folder_sums, read_json, write_folder
+from .folders import check_finite, check_memory, check_shapes, read_shapes
 from .patches import patch_grid
-from .train import write_json, write_weights
 
 # %% ../nbs/07_tokenizers.ipynb #0000000e
 def perplexity(
@@ -24,13 +28,25 @@ def perplexity(
     return torch.special.entr(p).sum().exp()
 
 # %% ../nbs/07_tokenizers.ipynb #00000011
-def _strides(patch_size):
-    "A patch side as a product of strides: 16 -> [2,2,2,2], 4 -> [2,2], 14 -> [2,7]"
-    s = []
-    while patch_size%2==0: s,patch_size = s+[2],patch_size//2
-    return s+[patch_size]*(patch_size>1)
+def _factors(side):
+    "A side as a product of strides: 16 -> [2,2,2,2], 4 -> [2,2], 14 -> [2,7]"
+    strides = []
+    while side%2==0:
+        strides.append(2)
+        side //= 2
+    return strides + [side]*(side>1)
 
-def _conv(kind, ni, nf, s): return kind(ni, nf, 2*s, s, s//2) if s%2==0 else kind(ni, nf, s, s)
+def _strides(patch_size):
+    "The strides of each convolution, (down, across), whose products are the patch's sides"
+    down,across = map(_factors, to_2tuple(patch_size))
+    n = max(len(down), len(across))
+    return list(zip(down+[1]*(n-len(down)), across+[1]*(n-len(across))))
+
+def _conv(kind, ni, nf, strides):
+    "A convolution, or a transposed one, that changes the resolution by `strides`"
+    kernel = tuple(2*s if s%2==0 else s for s in strides)
+    padding = tuple(s//2 if s%2==0 else 0 for s in strides)
+    return kind(ni, nf, kernel, strides, padding)
 
 class _Res(nn.Module):
     "x + f(x), with a 3×3 convolution through a bottleneck"
@@ -50,22 +66,27 @@ class DVAEOut(NamedTuple):
 class DVAE(nn.Module):
     "A discrete variational autoencoder: one of `vocab_size` tokens for each patch (arXiv 2102.12092, section 2.1)"
     def __init__(self,
-        img_size=28,     # side of the images, pixels
-        patch_size=4,    # side of the patch that a token stands for
+        img_size=28,     # (height, width) of the images, pixels; one number for a square
+        patch_size=4,    # likewise of the patch that a token stands for
         in_chans=1,      # channels
-        vocab_size=256,  # V, the number of tokens
-        width=64,        # channels of the network at the tokens' resolution
+        vocab_size=256,  # V, the number of tokens, at least 2
+        width=64,        # channels of the network at the tokens' resolution; fewer than 16 count as 16
         depth=2,         # residual blocks on each side
         tau=(1., .1),    # temperature of the Gumbel-softmax, first and last; reached at 80% of training
         balance=.1,      # weight of the tokens' imbalance, KL(average posterior || uniform), nats
         beta=0.,         # weight of the information in a token, nats
     ):
         super().__init__()
-        self.config = dict(img_size=img_size, patch_size=patch_size, in_chans=in_chans, vocab_size=vocab_size, width=width, depth=depth, tau=list(tau), balance=balance, beta=beta)
+        _check_sizes(img_size, patch_size, in_chans, vocab_size, width, depth)
+        _check_weights(tau, balance, beta)
+        img_size,patch_size = square_or_pair(img_size),square_or_pair(patch_size)
+        self.config = dict(img_size=img_size, patch_size=patch_size, in_chans=in_chans, vocab_size=vocab_size,
+                           width=width, depth=depth, tau=list(tau), balance=balance, beta=beta)
         self.grid,self.vocab_size,self.progress = patch_grid(img_size, patch_size),vocab_size,0.
-        self.tau,self.balance,self.beta = tau,balance,beta
+        self.tau,self.balance,self.beta = tuple(tau),balance,beta
         strides = _strides(patch_size)
-        ws = [in_chans] + [max(16, width>>k) for k in reversed(range(len(strides)))]     # channels double as the side halves
+        halved = reversed(range(len(strides)))
+        ws = [in_chans] + [max(16, width>>k) for k in halved]       # channels double as the sides halve
         down,up = [],[]
         for a,b,s in zip(ws, ws[1:], strides):
             down += [_conv(nn.Conv2d, a, b, s), nn.ReLU()]
@@ -101,6 +122,20 @@ class DVAE(nn.Module):
         loss = 10*mse + self.balance*imbalance + self.beta*info
         return DVAEOut(loss, recon, dict(mse=mse, perplexity=perplexity(used), information=info))
 
+def _check_sizes(img_size, patch_size, in_chans, vocab_size, width, depth):
+    "Sizes from which a network can be built"
+    check_sides(img_size=img_size, patch_size=patch_size)
+    if to_2tuple(patch_size)==(1,1): raise ValueError("patch_size must be larger than one pixel, since a pixel needs no tokenizer, got 1: take 2 or more")
+    check_whole(1, 2**12, in_chans=in_chans, width=width)
+    check_whole(2, 2**20, vocab_size=vocab_size)
+    check_whole(0, 2**10, depth=depth)
+
+def _check_weights(tau, balance, beta):
+    "Temperatures above 0, and weights of the loss that reward nothing bad"
+    if not isinstance(tau, (tuple, list)) or len(tau)!=2: raise ValueError(f"tau must be the first and the last temperature, got {tau!r}: give two numbers")
+    for t in tau: check_number(above=0, tau=t)
+    check_number(low=0, balance=balance, beta=beta)
+
 # %% ../nbs/07_tokenizers.ipynb #0000001f
 @torch.no_grad()
 def usage(
@@ -113,19 +148,44 @@ def usage(
     return sum(t.ids(x.to(dev)/255).flatten().bincount(minlength=t.vocab_size) for x in images.split(batch))
 
 # %% ../nbs/07_tokenizers.ipynb #0000002e
-def save_tokenizer(t, folder):
-    "Write a `DVAE` as `config.json` and `model.safetensors`"
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
-    write_weights(folder/'model.safetensors', t)
-    write_json(folder/'config.json', t.config)
+def save_tokenizer(
+    t,      # a `DVAE`
+    folder, # replaced if it is an earlier one of ours
+):
+    "Write a tokenizer as `config.json`, `model.safetensors` and their digests"
+    if not isinstance(t, DVAE): raise ValueError(f"only a DVAE can be saved, got {type(t).__name__}: name the published file again instead")
+    write_folder(folder, t, config=t.config)
 
-def load_tokenizer(folder)->DVAE:
-    "Read what `save_tokenizer` wrote, in eval mode"
-    files = [Path(folder)/n for n in ('config.json', 'model.safetensors')]
-    for f in files:
-        if not f.exists(): raise FileNotFoundError(f"{folder} is not a tokenizer's folder: it has no {f.name}; train one with mim_pretrain beit, or give the folder `tokenizer` of an earlier run")
-    t = DVAE(**json.loads(files[0].read_text()))
-    t.load_state_dict(load_file(files[1]))
+_wanted = "train one with mim_pretrain beit, or give the folder `tokenizer` of an earlier run"
+
+def _read_config(folder):
+    "The arguments of a `DVAE` from config.json"
+    for name in ('config.json', 'model.safetensors'):
+        if not (folder/name).is_file(): raise FileNotFoundError(f"{folder} is not a tokenizer's folder: it has no {name}; {_wanted}")
+    check_folder_sums(folder)
+    config = read_json(folder/'config.json')
+    for key,kind in (('architecture', "an encoder's"), ('method', "a run's")):
+        if key in config: raise ValueError(f"{folder} is not a tokenizer's folder but {kind}: {_wanted}")
+    known = inspect.signature(DVAE).parameters.keys()
+    if config.keys()!=known:
+        raise ValueError(f"{folder/'config.json'} does not describe a tokenizer, whose settings are {', '.join(known)}: {_wanted}")
+    return config
+
+def load_tokenizer(
+    folder, # that `save_tokenizer` wrote
+)->DVAE:    # in eval mode
+    "Read a tokenizer"
+    folder = Path(folder)
+    config,file = _read_config(folder),folder/'model.safetensors'
+    try:
+        with torch.device('meta'): planned = DVAE(**config)
+    except (ValueError, RuntimeError) as e: raise ValueError(f"{folder/'config.json'}: {str(e).splitlines()[0]}") from None
+    check_shapes(file, read_shapes(file), planned)
+    check_memory(planned, file.stat().st_size, folder)
+    weights = load_file(file)
+    check_finite(file, weights)
+    t = DVAE(**config)
+    t.load_state_dict(weights)
     return t.eval()
 
 # %% ../nbs/07b_authors_tokenizers.ipynb #0000003c

@@ -5,8 +5,9 @@ import pytest, torch
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
-from mim_nb import authors_tokenizers as at
-from mim_nb.authors_tokenizers import DalleTokenizer, PublishedTokenizer, VQGANTokenizer, read_pickled
+from mim_nb import authors_tokenizers as at, pickles
+from mim_nb.authors_tokenizers import DalleTokenizer, PublishedTokenizer, VQGANTokenizer
+from mim_nb.pickles import read_pickled
 from mim_nb.beit import BEiT
 
 PARITY = Path(__file__).parent/'parity'
@@ -147,11 +148,11 @@ def test_these_programs_are_harmful(tmp_path):
         pickle.loads(harmful(tmp_path/kind)[kind])
         assert (tmp_path/kind).is_dir(), kind
 
-@pytest.mark.parametrize('what', ['torch._utils\n_rebuild_tensor_v2', 'collections\nOrderedDict', 'torch\nFloatStorage', 'torch\nSize', 'mim_nb.authors_tokenizers\nInert', 'no\nsuch'])
+@pytest.mark.parametrize('what', ['torch._utils\n_rebuild_tensor_v2', 'collections\nOrderedDict', 'torch\nFloatStorage', 'torch\nSize', 'mim_nb.pickles\nInert', 'no\nsuch'])
 def test_nothing_lasting_can_be_changed(tmp_path, what):
     "BUILD may set attributes of what a file was given: none of it is shared"
     import collections
-    shared = [torch._utils._rebuild_tensor_v2, collections.OrderedDict, torch.float32, torch.Size, tuple, at.Inert, at._view, at._param]
+    shared = [torch._utils._rebuild_tensor_v2, collections.OrderedDict, torch.float32, torch.Size, tuple, pickles.Inert, pickles._view, pickles._param, pickles._typed, pickles._ordered]
     before = [(dict(vars(o)) if hasattr(o, '__dict__') else {}, getattr(o, '__defaults__', None)) for o in shared]
     for state in (b"(N}S'__defaults__'\nI1\nstb", b"(N}S'evil'\nI1\nstb", b"}S'evil'\nI1\nsb", b"(N}S'__call__'\ncos\nsystem\nstb"):
         with pytest.raises(ValueError): read_pickled(archive(tmp_path/'b.pkl', b'c'+what.encode()+b'\n'+state+b'.'))
@@ -162,7 +163,7 @@ def test_a_process_that_reads_an_evil_file_starts_nothing(tmp_path):
     torch.save(dict(w=torch.ones(2), x=Evil(tmp_path/'pwned')), tmp_path/'evil.ckpt')
     code = '''
 import sys, torch
-from mim_nb.authors_tokenizers import read_pickled
+from mim_nb.pickles import read_pickled
 from pathlib import Path
 path = Path(sys.argv[1]); read_pickled(path)                  # once, so that whatever is imported lazily is there
 seen = []

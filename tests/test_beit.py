@@ -6,6 +6,7 @@ from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file
 from mim_nb.beit import BEiT
 from mim_nb.checkpoints import load_official, official_name
+from mim_nb.masks import make_mask
 from mim_nb.mim import leak
 from mim_nb.tokenizers import DVAE
 
@@ -26,7 +27,7 @@ def ref():
 def test_features_logits_and_loss(ref):
     m,out = ref
     scalars = json.loads((PARITY/'beit_a.json').read_text())['scalars']
-    with torch.no_grad(): assert close(m.encode(FIX['in/images'], FIX['in/bool_masked_pos']), FIX['out/features'])
+    with torch.no_grad(): assert close(m.encode(FIX['in/images'], m.as_mask(FIX['in/bool_masked_pos'])), FIX['out/features'])
     assert close(out.pred, FIX['out/logits_masked'])
     assert abs(out.loss.item()-scalars['loss']) <= 1e-5*scalars['loss'] and out.logs['accuracy']==scalars['mlm_acc']
 
@@ -60,7 +61,7 @@ def test_loss_is_cross_entropy_at_hidden_places_only(ref):
     mask,target = FIX['in/bool_masked_pos'],FIX['in/labels']
     other = torch.where(mask, target, (target+1)%128)
     assert torch.equal(m(FIX['in/images'], mask, target).loss, m(FIX['in/images'], mask, other).loss)
-    z = m.encode(FIX['in/images'], mask)
+    z = m.encode(FIX['in/images'], m.as_mask(mask))
     full = F.cross_entropy(m.head(z[:,1:]).transpose(1,2), target, reduction='none')
     torch.testing.assert_close(full[mask].mean(), m(FIX['in/images'], mask, target).loss)
 
@@ -84,7 +85,7 @@ def test_tokenizer_is_frozen_and_in_eval_mode():
 def test_nothing_hidden_at_inference():
     m = BEiT().eval(); x = torch.rand(2,1,28,28)
     none = torch.zeros(2, 49, dtype=torch.bool)
-    torch.testing.assert_close(m.encode(m.normalize(x), none), m.encoder.forward_features(m.normalize(x)))
+    torch.testing.assert_close(m.encode(m.normalize(x), make_mask(none)), m.encoder.forward_features(m.normalize(x)))
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
 def test_parity_on_cuda():

@@ -42,7 +42,7 @@ def test_taps_predictions_and_losses(ref):
     m,out = ref
     scalars = json.loads((PARITY/'deepmim_a.json').read_text())['scalars']
     rank = FIX['in/noise'].argsort(1)[:,:4].argsort(1)[...,None].expand(-1, -1, 48)     # the reference keeps patches in the order of their noise
-    with torch.no_grad(): seen = m.encode(X, MASK)
+    with torch.no_grad(): seen = m.encode(X, m.as_mask(MASK))
     assert m.taps==[6,8,10,12] and m.target_kind=='features'
     for i,(t,z) in enumerate(zip(m.taps, seen)):
         want = FIX[f'out/latent{t}']
@@ -153,7 +153,7 @@ def test_pixels_of_every_tap_and_agreement_with_the_teacher(school):
 def test_taps_that_are_not_blocks(taps):
     with pytest.raises(ValueError, match='taps must be blocks of the encoder, 1 to 4'): DeepMIM(taps=taps)
 
-@pytest.mark.parametrize('kw,message', [(dict(taps=[1,3]), 'the last tap must be the last block, 4'), (dict(target_kind='tokens'), "'pixels' or 'features'"),
+@pytest.mark.parametrize('kw,message', [(dict(taps=[1,3]), 'the last tap must be the last block, 4'), (dict(target_kind='tokens'), "unknown target_kind 'tokens'"),
     (dict(target_kind='features'), 'needs a teacher, or feature_dim'), (dict(target_kind='pixels', teacher='resnet10t'), 'leave out one of the two'), (dict(mask_ratio=.99), 'hides 49 of 49'),
     (dict(teacher='vit_tiny_patch16_225'), "there is no teacher 'vit_tiny_patch16_225'"), (dict(teacher=torch.nn.Linear(2,2)), 'Linear cannot teach')])
 def test_what_does_not_fit(kw, message):

@@ -3,19 +3,23 @@ then one of them is killed in the middle of a run, and both are started again"""
 import os, signal, subprocess, sys
 from contextlib import nullcontext
 from pathlib import Path
-import mim_nb.train, pytest, torch
+import pytest, torch
 from PIL import Image
 from mim_nb.augment import Augment
 from mim_nb.data import ImageSet
 from mim_nb.masks import random_mask
 from mim_nb.methods import create
 from mim_nb.pretrain import mim_pretrain, mim_pretrain_cli
-from mim_nb.ranks import in_turn, mean_over_ranks, on_first, slices, together
+from mim_nb.finetune import finetune
+from mim_nb.ranks import get_device, in_turn, mean_over_ranks, on_first, slices, together
+from mim_nb.runlog import RunLog
 from mim_nb.tokenizers import DVAE
-from mim_nb.train import Stopped, fit, load_ckpt, read_log
+from mim_nb.runs import Stopped, load_ckpt, read_log
+from mim_nb.train import fit
 
 G = torch.Generator().manual_seed(0)
 DATA = ImageSet(torch.randint(0, 256, (32,1,16,16), generator=G).to(torch.uint8), torch.arange(32))      # a label is the image's number
+LABELLED = ImageSet(DATA.images, torch.arange(32)%4)
 MASKS,ORDERS = random_mask(32, 16, .5, G),torch.rand(32, 16, generator=G).argsort(1)
 SMALL = dict(img_size=16, patch_size=4, in_chans=1, embed_dim=16)
 SIZES = dict(beit=dict(depth=2, vocab_size=8), mcbeit=dict(depth=2, vocab_size=8), mae=dict(depth=2, decoder_dim=16, decoder_depth=1),
@@ -61,6 +65,14 @@ def cut_at(step, then):
         return then(out) if n==step+1 else out
     return forward
 
+def sloped(out):
+    "A fine loss with a gradient that is NaN"
+    return out._replace(loss=out.loss + (out.pred.sum()*0).sqrt())
+
+def resumed_with(**kw):
+    "Two processes go on with what two processes began, in another way"
+    return train('mae', folder='cut', resume=True, save_every=3, augment=Augment(16), **kw)
+
 def broken(out): return out._replace(loss=out.loss*float('inf'))
 def usr1(out): os.kill(os.getpid(), signal.SIGUSR1); return out
 def cut(out): raise Cut
@@ -75,7 +87,8 @@ def resumed(rank):
 
 def suite(rank):
     "What two processes have to say: name -> anything that can be saved"
-    Path(f'own{rank}').mkdir(); on_first(lambda: Path('cut').mkdir())
+    for n in ('own', 'stop'): Path(f'{n}{rank}').mkdir()
+    on_first(lambda: Path('cut').mkdir())
     found = {f'weights {n}': train(n)[0] for n in (*SIZES, 'dvae')}
     found |= {f'masks {n}': masked(n)[0] for n in SIZES if n!='mixmim'}
     found['turns'],found['rows'] = plain('mae', accumulate=2, folder=f'own{rank}')
@@ -84,19 +97,23 @@ def suite(rank):
     found['disagree'] = error(lambda: train('mae', lr=.1*(rank+1)), ValueError)
     found['divide'] = error(lambda: train('mae', batch_size=7), ValueError)
     found['broken'] = error(lambda: train('mae', forward=cut_at(5, broken if rank else lambda o: o)), FloatingPointError)
-    found['stopped'] = error(lambda: train('mae', folder=f'own{rank}', forward=cut_at(5, usr1 if rank else lambda o: o)), Stopped)
+    found['stopped'] = error(lambda: train('mae', folder=f'stop{rank}', forward=cut_at(5, usr1 if rank else lambda o: o)), Stopped)
     found['mean'],found['first'],found['turn'] = mean_over_ranks(torch.tensor([1.+rank])),on_first(lambda: rank),in_turn(lambda: rank)
     found['slices'] = slices(24, 3)
+    Path(f'bad{rank}').mkdir()
+    found['others'] = error(lambda: resumed_with(accumulate=2), ValueError)
+    found['gradient'] = error(lambda: train('mae', folder=f'bad{rank}', forward=cut_at(5, sloped if rank else lambda o: o)), FloatingPointError)
+    found['ema'] = error(lambda: finetune(method('mae'), LABELLED, ema=.9, epochs=1, batch_size=8, augment={}, device='cpu', bar=False), RuntimeError)
     mim_pretrain('mae', out='whole', accumulate=2, **PRETRAIN)
     return found
 
 def pretrain_and_die(rank):
     "Rank 1 is killed when the second checkpoint is there; `torchrun` starts both again, with the same command"
-    real = mim_nb.train._Log.write
+    real = RunLog.write
     def write(log, *args, **row):
         if rank==1 and row['step']>=10 and os.environ['TORCHELASTIC_RESTART_COUNT']=='0': os.kill(os.getpid(), signal.SIGKILL)
         return real(log, *args, **row)
-    mim_nb.train._Log.write = write
+    RunLog.write = write
     sys.argv = ['mim_pretrain', 'mae', '--out', 'killed', '--accumulate', '2', *(str(o) for k,v in PRETRAIN.items() for o in (f'--{k}', v))]
     sys.exit(mim_pretrain_cli())
 
@@ -156,10 +173,59 @@ def test_what_all_ranks_say(two):
         assert 'a batch of 7 images cannot be cut into 2 equal slices (2 processes × 1 turns): take a batch of 8' in f['divide']
         assert f['broken'].startswith('FloatingPointError: the loss became') and 'between steps 5 and 8' in f['broken']
 
+def test_a_bad_gradient_on_one_rank_ends_all(two):
+    for k,f in enumerate(two[0]):
+        assert f['gradient'].startswith('FloatingPointError: the loss became nan between steps 5 and 8 (its gradient has the norm nan)')
+        assert not (two[1]/f'bad{k}'/'last.ckpt').exists() or load_ckpt(two[1]/f'bad{k}')['step']==4
+
+def test_another_way_of_cutting_a_step_is_refused(two):
+    for f in two[0]: assert 'accumulate was 1 and is now 2' in f['others']
+
+def test_other_processes_than_before_are_refused(two):
+    with pytest.raises(ValueError, match='processes was 2 and is now 1'): train('mae', folder=two[1]/'cut', resume=True, augment=Augment(16))
+
+def test_averaged_weights_beside_two_processes(two):
+    for f in two[0]: assert f['ema'] is None
+
+# ---- devices of several processes
+
+@pytest.fixture
+def launched(monkeypatch):
+    "As if torchrun had started this process, on a machine with so many GPUs"
+    def start(gpus, local=2, world=2):
+        for k,v in dict(WORLD_SIZE=world, LOCAL_WORLD_SIZE=local, RANK=0, LOCAL_RANK=0).items(): monkeypatch.setenv(k, str(v))
+        monkeypatch.setattr('torch.cuda.is_available', lambda: gpus>0)
+        monkeypatch.setattr('torch.cuda.device_count', lambda: gpus)
+        monkeypatch.setattr('torch.cuda.set_device', lambda d: None)
+        monkeypatch.setattr('torch.backends.mps.is_available', lambda: False)
+        monkeypatch.setattr('mim_nb.ranks._meet', lambda backend, timeout: 0)
+        monkeypatch.setattr('torch.distributed.destroy_process_group', lambda: None)
+    return start
+
+def device(name):
+    with together(name) as d: return d
+
+@pytest.mark.parametrize('gpus,local,name,gets', [(0, 2, 'auto', 'cpu'), (0, 2, 'cpu', 'cpu'), (2, 2, 'auto', 'cuda:0'), (2, 2, 'cuda', 'cuda:0'), (2, 2, 'cpu', 'cpu'), (2, 1, 'cuda:1', 'cuda:1')])
+def test_ranks_get_the_device_that_was_asked_for(launched, gpus, local, name, gets):
+    launched(gpus, local)
+    assert device(name)==gets
+
+@pytest.mark.parametrize('gpus,name,said', [(0, 'cuda', '0 CUDA devices'), (0, 'cuda:1', '0 CUDA devices'), (0, 'mps', 'this machine has none'), (2, 'cuda:1', 'several processes cannot share'),
+                                            (2, 'cuda:0', 'several processes cannot share'), (1, 'cuda:1', '1 CUDA devices'), (0, 'gpu', 'unknown device'), (2, 'xpu', 'unknown device')])
+def test_or_a_sentence(launched, gpus, name, said):
+    launched(gpus)
+    with pytest.raises(ValueError, match=said) as e: device(name)
+    assert '\n' not in str(e.value)
+
+@pytest.mark.parametrize('name', ['gpu', 'meta', 'xpu', 'cuda:-1', None, 3.5, '', 'cuda:', 'cuda:9999999999999999999'])
+def test_devices_that_are_none(name):
+    with pytest.raises(ValueError) as e: get_device(name)
+    assert '\n' not in str(e.value)
+
 def test_a_signal_on_one_rank_stops_all(two):
     (a,b),cwd,_ = two
     for f in (a,b): assert 'Stopped: stopped at step 8 of 20' in f['stopped']
-    assert load_ckpt(cwd/'own0')['step']==8 and not any((cwd/'own1').iterdir())
+    assert load_ckpt(cwd/'stop0')['step']==8 and not any((cwd/'stop1').iterdir())
 
 def test_the_few_words_between_ranks(two):
     for k,f in enumerate(two[0]): assert (f['mean'].item(), f['first'], f['turn'], f['slices'])==(1.5, 0, k, [k, k+2, k+4])

@@ -5,7 +5,7 @@ import pytest, timm, torch
 from hypothesis import given, settings, strategies as st
 from timm.models.vision_transformer import VisionTransformer
 from mim_nb.beit import BEiT
-from mim_nb.checkpoints import save_encoder
+from mim_nb.exports import save_encoder
 from mim_nb.encoders import export_vit, sincos_vit, xavier_init
 from mim_nb.mim import MIM
 from mim_nb.patches import sincos_pos_embed
@@ -35,9 +35,9 @@ def test_any_size(side, patch, chans, heads, depth, drop):
     home,_,args = export_vit(e)
     assert torch.equal(home(x), e(x)) and not home.training and isinstance(home, VisionTransformer)
 
-@pytest.mark.parametrize('kw,says', [(dict(img_size=30), 'not a multiple of the patch height 4'), (dict(patch_size=0), 'at least 1 pixel'),
+@pytest.mark.parametrize('kw,says', [(dict(img_size=30), 'not a multiple of the patch height 4'), (dict(patch_size=0), 'patch_size must be a whole number of at least 1'),
     (dict(embed_dim=96, num_heads=5), 'a width of 96 cannot be cut into 5 heads'), (dict(embed_dim=30, num_heads=3), 'multiple of 4'),
-    (dict(depth=0), 'at least 1 block, got depth=0'), (dict(drop_path=1.), r'drop_path must lie in \[0, 1\), got 1.0'), (dict(drop_path=-.1), 'got -0.1')])
+    (dict(depth=0), 'depth must be a whole number of at least 1'), (dict(drop_path=1.), 'drop_path must be a number of at least 0 and less than 1, got 1.0'), (dict(drop_path=-.1), 'got -0.1')])
 def test_bad_sizes(kw, says):
     with pytest.raises(ValueError, match=says) as e: sincos_vit(**kw)
     assert '\n' not in str(e.value)

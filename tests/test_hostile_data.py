@@ -7,8 +7,10 @@ import numpy as np, pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 from mim_nb.augment import Augment, crop_resize, resize
-from mim_nb.data import Folder, ImageSet, LazySet, batches, load_data, load_like, sample, to_square
-from mim_nb.shards import Shards, expand, read_headers, scan, write_shards
+from mim_nb.data import Folder, ImageSet, LazySet, batches, load_data, load_like, sample
+from mim_nb.decode import to_square
+from mim_nb.shards import Shards
+from mim_nb.tars import expand, read_headers, scan, write_shards
 
 few = settings(max_examples=25, deadline=None,
                suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -7,7 +7,7 @@ from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file
 from mim_nb.checkpoints import load_official, official_name, save_encoder
 from mim_nb.mae import Decoder, MAE, fill, visible
-from mim_nb.masks import random_mask
+from mim_nb.masks import make_mask, random_mask
 from mim_nb.mim import leak
 from mim_nb.patches import patchify, unpatchify
 from mim_nb.pretrain import mim_pretrain
@@ -38,7 +38,7 @@ def in_rows(latent, noise):
 def test_latent_prediction_and_loss(ref):
     m,out = ref
     loss = json.loads((PARITY/'mae_a.json').read_text())['scalars']['loss']
-    with torch.no_grad(): assert close(m.encode(X, MASK), in_rows(FIX['out/latent'], FIX['in/noise']))
+    with torch.no_grad(): assert close(m.encode(X, make_mask(MASK)), in_rows(FIX['out/latent'], FIX['in/noise']))
     assert close(out.pred, FIX['out/pred']) and abs(out.loss.item()-loss) <= 1e-5*loss
 
 @pytest.mark.parametrize('name', GRADS)
@@ -74,30 +74,31 @@ def test_visible_and_fill_undo_each_other(seed, n, length, ratio):
     hidden = min(max(1, round(length*ratio)), length-1)
     mask = torch.rand(n, length).argsort(1)<hidden
     x,token = torch.randn(n, length, 5),torch.randn(1, 1, 5)
-    seen = visible(x, mask)
+    value = make_mask(mask)
+    seen = visible(x, value)
     assert seen.shape==(n, length-hidden, 5) and torch.equal(seen, torch.stack([r[~k] for r,k in zip(x, mask)]))
     want = torch.stack([torch.stack([token[0,0] if h else v for v,h in zip(*p)]) for p in zip(x, mask)])
-    assert torch.equal(fill(seen, token, mask), want) and torch.equal(fill(x, token, mask), want)
+    assert torch.equal(fill(seen, token, mask, value.shown_at), want) and torch.equal(fill(x, token, mask), want)
 
 def test_decoder_for_all_or_visible_tokens_and_without_cls():
     torch.manual_seed(0)
     for prefix in (0, 1, 2):
         d = Decoder(12, 7, (3,4), dim=16, depth=1, prefix=prefix, eps=1e-5)
         torch.nn.init.normal_(d.mask_token)
-        z,mask = torch.randn(2, prefix+12, 12),random_mask(2, 12, .5)
+        z,mask = torch.randn(2, prefix+12, 12),make_mask(random_mask(2, 12, .5))
         seen = torch.cat([z[:,:prefix], visible(z[:,prefix:], mask)], 1)
-        assert d(z, mask).shape==(2, 12, 7) and d.norm.eps==1e-5
-        torch.testing.assert_close(d(seen, mask), d(z, mask))
+        assert d(z, mask.hidden).shape==(2, 12, 7) and d.norm.eps==1e-5
+        torch.testing.assert_close(d(seen, mask.hidden, mask.shown_at), d(z, mask.hidden))
 
 def test_hidden_pixels_do_not_reach_the_encoder():
     m,x = MAE().eval(),torch.rand(2,1,28,28)
     mask = m.sample_mask(2)
-    other = unpatchify(torch.where(mask[...,None], torch.rand(2,49,16), patchify(x, 4)), 4)
+    other = unpatchify(torch.where(mask.hidden[...,None], torch.rand(2,49,16), patchify(x, 4)), 4)
     assert torch.equal(m.encode(m.normalize(x), mask), m.encode(m.normalize(other), mask))
 
 def test_order_of_visible_tokens_does_not_matter(ref):
     m,_ = ref
-    t = m.embed(X, MASK); order = torch.randperm(t.shape[1])
+    t = m.embed(X, make_mask(MASK)); order = torch.randperm(t.shape[1])
     torch.testing.assert_close(m.encoder.blocks(t[:,order]), m.encoder.blocks(t)[:,order])
 
 @settings(max_examples=6, deadline=None)
@@ -109,7 +110,7 @@ def test_nothing_leaks(seed, size):
 
 def test_nothing_hidden_at_inference():
     m = MAE().eval(); x = torch.rand(2,1,28,28)
-    torch.testing.assert_close(m.encode(m.normalize(x), torch.zeros(2, 49, dtype=torch.bool)), m.encoder.forward_features(m.normalize(x)))
+    torch.testing.assert_close(m.encode(m.normalize(x), make_mask(torch.zeros(2, 49, dtype=torch.bool))), m.encoder.forward_features(m.normalize(x)))
 
 def test_targets_are_normalised_by_unbiased_variance():
     m,x = MAE(),torch.rand(2,1,28,28); t = m.target(x)
@@ -122,20 +123,20 @@ def test_perfect_predictions_give_back_the_image(norm_pix):
     m,x = MAE(32, 8, 3, norm_pix=norm_pix),torch.rand(2,3,32,32)
     hidden = torch.ones(2, 16, dtype=torch.bool)
     torch.testing.assert_close(m.to_images(m.target(x), x, hidden), x, rtol=1e-4, atol=1e-5)
-    mask = m.sample_mask(2); r = m.reconstruct(x, mask)
+    mask = m.sample_mask(2).hidden; r = m.reconstruct(x, mask)
     assert 0<=r.min() and r.max()<=1
     torch.testing.assert_close(patchify(r, 8)[~mask], patchify(x, 8)[~mask], rtol=1e-4, atol=1e-5)
 
-@pytest.mark.parametrize('kw,message', [(dict(mask_ratio=.99), 'hides 49 of 49 patches'), (dict(mask_ratio=1.), 'between 0 and 1'), (dict(mask_ratio=0.), 'between 0 and 1'),
+@pytest.mark.parametrize('kw,message', [(dict(mask_ratio=.99), 'hides 49 of 49 patches'), (dict(mask_ratio=1.), 'greater than 0 and less than 1'), (dict(mask_ratio=0.), 'greater than 0 and less than 1'),
     (dict(img_size=8, mask_ratio=.9), 'one visible'), (dict(decoder_dim=66), 'multiple of 4'), (dict(decoder_dim=64, decoder_heads=5), 'cannot be cut into 5 heads'),
-    (dict(decoder_depth=-1), '0 blocks or more'), (dict(img_size=30), 'not a multiple of the patch')])
+    (dict(decoder_depth=-1), 'decoder_depth must be a whole number of at least 0'), (dict(img_size=30), 'not a multiple of the patch')])
 def test_what_does_not_fit(kw, message):
     with pytest.raises(ValueError, match=message): MAE(**kw)
 
 def test_masks_that_do_not_fit():
-    m,x = MAE(),torch.rand(2,1,28,28); good = m.sample_mask(2)
+    m,x = MAE(),torch.rand(2,1,28,28); good = m.sample_mask(2).hidden
     uneven = good.clone(); uneven[0,uneven[0].nonzero()[0]] = False
-    for mask,message in ((uneven, 'same number of patches'), (torch.ones_like(good), 'at least one'), (good.float(), 'must be bool'), (good[:1], r'shape \(2, 49\)')):
+    for mask,message in ((uneven, 'same number of patches'), (torch.ones_like(good), 'at least one'), (good.float(), 'A mask is bool'), (good[:1], r'shape \(2, 49\)'), (good[:,:9], r'shape \(2, 49\)'), (torch.zeros_like(good), 'hides nothing')):
         with pytest.raises(ValueError, match=message): m(x, mask)
 
 def test_bfloat16_keeps_the_loss_in_float32(ref):
@@ -149,7 +150,7 @@ def test_pretraining_command_and_export(tmp_path):
     assert {'encoder', 'metrics.json', 'reconstructions.png', 'log.jsonl', 'last.ckpt'} <= {f.name for f in (tmp_path/'run').iterdir()}
     m = MAE().eval(); save_encoder(m, tmp_path/'mine'); x = torch.rand(2,1,28,28)
     torch.testing.assert_close(timm.create_model(f'local-dir:{tmp_path}/mine', pretrained=True).eval()(m.normalize(x)), m.encoder(m.normalize(x)))
-    with pytest.raises(ValueError, match='between 0 and 1'): mim_pretrain('mae', data=str(photos), mask=1.5, device='cpu', out=tmp_path/'bad')
+    with pytest.raises(ValueError, match='less than 1'): mim_pretrain('mae', data=str(photos), mask=1.5, device='cpu', out=tmp_path/'bad')
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
 def test_parity_on_cuda():

@@ -4,7 +4,7 @@ from pathlib import Path
 from random import Random
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
-from mim_nb.masks import _try_blocks, block_mask, num_hidden, random_mask, random_order
+from mim_nb.masks import _try_blocks, block_mask, make_cells, make_mask, make_order, num_hidden, pick, random_mask, random_order
 
 REF = json.loads((Path(__file__).parent/'parity'/'blockwise_mask_a.json').read_text())
 few = settings(max_examples=60, deadline=None, derandomize=True)
@@ -171,3 +171,42 @@ def test_gpu():
     (lambda: block_mask(2, 14, 75, min_aspect=0), 'min_aspect'), (lambda: block_mask(2, 14, 75, min_aspect=1.1), 'min_aspect')])
 def test_errors(f, msg):
     with pytest.raises(ValueError, match=msg): f()
+
+# What a method works with
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**30), st.integers(1, 6), st.integers(2, 60), st.floats(.05, .95))
+def test_a_known_count_gives_the_same_places_as_looking(seed, n, length, ratio):
+    hidden = random_mask(n, length, min(max(ratio, 1/length+1e-6), 1-1/length-1e-6), torch.Generator().manual_seed(seed))
+    known,looked = make_mask(hidden, int(hidden[0].sum())),make_mask(hidden)
+    assert all(torch.equal(a, b) for a,b in zip(known[:3], looked[:3])) and known.count==looked.count==int(hidden[0].sum())
+    x = torch.randn(n, length, 3)
+    assert torch.equal(pick(x, known.hidden_at), x[hidden]) and torch.equal(pick(x, known.shown_at), x[~hidden])
+
+def test_rows_that_differ_have_no_count():
+    hidden = block_mask(64, 7, 19, 4, generator=torch.Generator().manual_seed(0))
+    mask = make_mask(hidden)
+    assert mask.count is None and len(mask.hidden_at)==hidden.sum() and len(mask.hidden_at)+len(mask.shown_at)==64*49
+    hidden[0] = True                                   # what was made into a value before is not affected
+    assert len(mask.hidden_at)+len(mask.shown_at)==64*49
+
+def test_a_mask_travels_as_one():
+    mask = make_mask(random_mask(2, 9, .5), 5).to('meta')
+    assert all(t.is_meta for t in mask[:3]) and mask.count==5 and mask.tensor is mask.hidden
+    order = make_order(random_order(2, 9)).to('meta')
+    assert order.order.is_meta and order.turn.is_meta and make_cells(torch.zeros(4, dtype=torch.bool)).to('meta').partner.is_meta
+
+def test_no_place_is_remembered_outside_the_value():
+    "A mask that is cloned, sliced or written to through NumPy is an ordinary tensor"
+    mask = random_mask(3, 49, .75)
+    mask.numpy()[:] = False
+    mask[0,:5] = True
+    assert make_mask(mask).hidden_at.tolist()==[0, 1, 2, 3, 4]
+    order = random_order(2, 9)
+    order[0,0] = order[0,1]
+    with pytest.raises(ValueError, match='exactly once'): make_order(order)
+
+@pytest.mark.parametrize('make,bad', [(make_mask, torch.rand(2,9)), (make_mask, torch.zeros(9, dtype=torch.bool)), (make_mask, [[True, False]]), (make_mask, torch.zeros(2,9,dtype=torch.long)),
+    (make_order, torch.rand(2,9)), (make_order, torch.arange(9)), (make_order, torch.zeros(2,9,dtype=torch.long)), (make_cells, torch.zeros(2,9,dtype=torch.bool)), (make_cells, torch.zeros(9))])
+def test_what_is_no_mask_order_or_cells(make, bad):
+    with pytest.raises(ValueError): make(bad)

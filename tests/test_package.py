@@ -6,8 +6,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# what a plain `pip install` brings: settings.ini's requirements, and what these are sure to bring along
-RUNTIME = {'torch', 'timm', 'fastcore', 'matplotlib', 'fastprogress'} | {'torchvision', 'safetensors', 'huggingface_hub', 'numpy', 'PIL'}
 PACKAGE = {'mim_nb/fashion_mnist/fashion_mnist.npz', 'mim_nb/fashion_mnist/LICENSE', 'mim_nb/__init__.py', 'mim_nb/_modidx.py', 'mim_nb/data.py'}
 
 OURS = {'mim_nb'} | set(sys.stdlib_module_names)
@@ -15,6 +13,9 @@ OURS = {'mim_nb'} | set(sys.stdlib_module_names)
 def settings():
     cfg = ConfigParser(delimiters=['=']); cfg.read(ROOT/'settings.ini', encoding='utf-8')
     return cfg['DEFAULT']
+
+# what a plain `pip install` brings: settings.ini's requirements, by the names under which they are imported
+RUNTIME = {dict(pillow='PIL').get(n, n) for n in re.findall(r'^[\w-]+', settings()['requirements'].replace(' ', '').strip(), re.M)}
 
 def isolation():
     "Without build isolation nothing is fetched, but the environment's setuptools must know how to build a wheel alone"

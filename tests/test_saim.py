@@ -67,7 +67,7 @@ def test_predictions_content_target_and_loss(ref):
     scalars = json.loads((PARITY/'saim_a.json').read_text())['scalars']
     assert close(out.pred, FIX['out/pred'][:,1:]) and close(out.target, FIX['out/target'])
     assert abs(out.loss.item()-scalars['loss']) <= 1e-5*scalars['loss']
-    with torch.no_grad(): h = m.encode(X, ORDER)[-1]
+    with torch.no_grad(): h = m.encode(X, m.as_mask(ORDER))[-1]
     assert close(torch.cat([h[:,:1], by_turn(h[:,1:], ORDER.argsort(1))], 1), FIX['out/h'])
 
 def test_masks_are_the_published_ones():
@@ -203,8 +203,8 @@ def test_few_patches():
 def test_orders():
     m = SAIM()
     g = lambda: torch.Generator().manual_seed(3)
-    assert torch.equal(m.sample_mask(4, g()), m.sample_mask(4, g())) and m.sample_mask(4).sort(1).values.eq(torch.arange(49)).all()
-    assert torch.equal(SAIM(order='raster').sample_mask(2), torch.arange(49).expand(2, -1))
+    assert torch.equal(m.sample_mask(4, g()).order, m.sample_mask(4, g()).order) and m.sample_mask(4).order.sort(1).values.eq(torch.arange(49)).all()
+    assert torch.equal(SAIM(order='raster').sample_mask(2).order, torch.arange(49).expand(2, -1))
 
 def test_blur_and_target():
     x = torch.rand(2,3,28,28)
@@ -223,7 +223,7 @@ def test_bfloat16_keeps_target_and_loss_in_float32():
     assert torch.equal(out.target, full.target) and out.loss.dtype==torch.float32 and abs(out.loss-full.loss)<.05
 
 @pytest.mark.parametrize('kw,message', [(dict(depth=4, query_depth=3), "query_depth must divide the encoder's depth 4, got 3: take one of 1, 2, 4"),
-    (dict(query_depth=0), 'query_depth must divide'), (dict(query_depth=8), 'query_depth must divide'), (dict(order='spiral'), "order must be 'random' or 'raster'"),
+    (dict(query_depth=0), 'query_depth must divide'), (dict(query_depth=8), 'query_depth must divide'), (dict(order='spiral'), "unknown order 'spiral'"),
     (dict(blur=(8,1.)), 'must be odd, to have a middle, got 8: take 7 or 9'), (dict(blur=(17,1.)), 'has 17 pixels and the image only 16'),
     (dict(blur=(5,0)), 'sigma of the blur must be greater than 0'), (dict(blur=9), 'blur is a pair'), (dict(img_size=15), 'not a multiple of the patch')])
 def test_what_does_not_fit(kw, message):
@@ -233,7 +233,7 @@ def test_what_is_no_order():
     m,x = tiny(),torch.rand(2,1,16,16)
     twice = torch.arange(16).repeat(2, 1); twice[1,3] = 4
     for o in (twice, torch.arange(1, 17).expand(2, -1)):
-        with pytest.raises(ValueError, match='an order must name each of the 16 patches exactly once'): m(x, o)
+        with pytest.raises(ValueError, match='An order must name each of the 16 patches exactly once'): m(x, o)
     for o in (torch.zeros(2,16,dtype=torch.bool), torch.arange(16), torch.arange(16).expand(3,-1), torch.arange(15).expand(2,-1), torch.rand(2,16)):
         with pytest.raises(ValueError, match="SAIM's mask is an order"): m(x, o)
 

@@ -6,8 +6,13 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 from mim_nb.data import ImageSet
 from mim_nb.methods import create
+from mim_nb.runs import _write_ckpt
+from mim_nb.step import Step
 from mim_nb.tokenizers import DVAE
-from mim_nb.train import Stopped, fit, load_ckpt, lr_at, param_groups, read_log, recompute_blocks, save_ckpt, step_seed, write_whole
+from mim_nb.runs import Stopped, load_ckpt, read_log, save_ckpt
+from mim_nb.train import fit, lr_at, param_groups
+from mim_nb.step import recompute_blocks, step_seed
+from mim_nb.files import write_whole
 
 @given(steps=st.integers(1, 5000), warm=st.floats(0, 1), lr=st.floats(1e-6, 1), low=st.floats(0, 1))
 def test_learning_rate_stays_in_bounds(steps, warm, lr, low):
@@ -84,6 +89,13 @@ def test_checkpoint_with_code_is_not_run(tmp_path):
     with pytest.raises(ValueError, match='no checkpoint in .* can be read'): load_ckpt(tmp_path)
     assert not (tmp_path/'pwned').exists()
 
+def test_checkpoint_with_code_and_a_checksum_is_not_run(tmp_path):
+    class Evil:
+        def __reduce__(self): return os.mkdir, (str(tmp_path/'pwned'),)
+    _write_ckpt(tmp_path/'last.ckpt', dict(step=1, settings={}, model={}, opt=Evil()))
+    with pytest.raises(ValueError, match='no checkpoint in .* can be read'): load_ckpt(tmp_path)
+    assert not (tmp_path/'pwned').exists()
+
 def test_disk_full_while_saving(tmp_path):
     "A limit on the size of files stands in for a full disk: writing fails in the middle"
     code = f'''
@@ -144,14 +156,42 @@ METHODS = {n: dict(img_size=16, patch_size=4, in_chans=1, embed_dim=16, num_head
 
 def grads(name, on):
     "Gradients of one step, and the bytes that wait for the backward pass"
-    torch.manual_seed(0); m = create(name, 'tiny', **METHODS[name]).train()
-    if 'beit' in name: m.set_tokenizer(DVAE(16, 4, 1, m.head.out_features, width=16, depth=1))
+    m = made(name)
     kept = {}
     def pack(t): kept[t.data_ptr()] = t.numel()*t.element_size(); return t
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), recompute_blocks(m, on): loss = m(torch.rand(4,1,16,16)).loss
     with recompute_blocks(m, on): pass
     loss.backward()
     return {n: p.grad for n,p in m.named_parameters() if p.grad is not None},sum(kept.values())
+
+def made(name, **kw):
+    torch.manual_seed(0)
+    m = create(name, 'tiny', **METHODS[name]|kw).train()
+    if 'beit' in name: m.set_tokenizer(DVAE(16, 4, 1, m.head.out_features, width=16, depth=1))
+    return m
+
+@pytest.mark.parametrize('name', METHODS)
+def test_a_step_draws_as_the_method_itself_does(name):
+    "Mask, target, dropped paths: the same numbers in the same order, to the bit"
+    a,b = made(name),made(name)
+    x = torch.randint(0, 256, (4,1,16,16), dtype=torch.uint8)
+    torch.manual_seed(step_seed(3, 7))
+    out = a(x/255)
+    out.loss.backward()
+    logs = Step(b, torch.optim.SGD(b.parameters(), lr=0.), seed=3)(7, x, torch.zeros(4))
+    assert torch.equal(logs['loss'], out.loss.detach()) and logs.keys()=={'loss', 'grad_norm', *out.logs}
+    norm = torch.stack([p.grad.norm() for p in a.parameters() if p.grad is not None]).norm()
+    assert abs(logs['grad_norm']-norm)<1e-5*norm
+
+def test_a_step_marks_its_five_parts():
+    m,n = made('mae'),[]
+    step = Step(m, torch.optim.AdamW(m.parameters()))
+    step(0, torch.zeros(4,1,16,16, dtype=torch.uint8), torch.zeros(4), lambda: n.append(next(m.parameters()).grad is not None))
+    assert n==[False, False, False, True, False]
+
+def test_a_step_takes_images_of_the_right_size_only():
+    m = made('mae')
+    with pytest.raises(ValueError, match='takes images of shape'): Step(m, torch.optim.AdamW(m.parameters()))(0, torch.zeros(4,1,8,8, dtype=torch.uint8), torch.zeros(4))
 
 @pytest.mark.parametrize('name', METHODS)
 def test_checkpointing_gives_the_same_gradients(name):

@@ -6,7 +6,7 @@ import argparse, json, statistics, subprocess, sys, time, torch
 from torch.utils.flop_counter import FlopCounterMode
 from mim_nb.deepmim import DeepMIM, spread_taps
 from mim_nb.mae import MAE
-from mim_nb.train import write_json
+from mim_nb.files import write_json
 from mcbeit_memory import peak
 
 def versions(depth, decoder_depth):

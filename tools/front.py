@@ -9,7 +9,7 @@ import numpy as np, torch
 from mim_nb.data import fashion_classes, load_data
 from mim_nb.patches import patchify, unpatchify
 from mim_nb.pretrain import machine, pretrain, settings
-from mim_nb.train import read_log
+from mim_nb.runs import read_log
 from mim_nb.visualize import Run
 
 ROOT = Path(__file__).parents[1]

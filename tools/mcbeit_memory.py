@@ -3,7 +3,7 @@
 Each measurement is a process of its own; `more_mb` is what a whole step, or the head and the loss alone, need beyond model, images and the tokenizer's logits."""
 import argparse, json, resource, subprocess, sys, time, torch
 from mim_nb.mcbeit import McBEiT, refine
-from mim_nb.train import write_json
+from mim_nb.files import write_json
 
 class Plain(McBEiT):
     "The same loss, with logits and a refined target at every place"

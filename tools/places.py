@@ -10,7 +10,7 @@ from unittest import mock
 from mim_nb import mae, saim
 from mim_nb.methods import create
 from mim_nb.pretrain import machine
-from mim_nb.train import write_json
+from mim_nb.files import write_json
 
 torch.set_num_threads(1)
 B,L,D,hide = 128,196,96,147

@@ -6,7 +6,7 @@ idler meanwhile does so for all of them. Memory: `saved_mb` is what autograd kee
 import argparse, json, math, subprocess, sys, time, torch, torch.nn.functional as F
 from mim_nb.attention import attend, attention_weights
 from mim_nb.saim import SAIM
-from mim_nb.train import write_json
+from mim_nb.files import write_json
 from mcbeit_memory import peak
 
 class Masked(SAIM):
