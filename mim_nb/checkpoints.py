@@ -16,7 +16,8 @@ from . import timm_models                                       # so that MixMIM
 from .authors_tokenizers import DalleTokenizer, VQGANTokenizer
 from .exports import save_encoder                         # has this address, too
 from .folders import check_memory, encoder_folder, read_encoder
-from .methods import get_method, methods, nearest
+from .methods import get_method, methods
+from .arguments import nearest
 from .pickles import read_weights, unwrap
 
 # %% ../nbs/18_checkpoints.ipynb #00000014

@@ -6,7 +6,7 @@
 __all__ = ['transformers_names', 'mim_convert_cli', 'transformers_weights', 'save_transformers', 'mim_convert', 'push_to_hub']
 
 # %% ../nbs/18b_convert.ipynb #00000002
-import importlib.util, re, sys, torch, warnings
+import importlib.util, re, sys, warnings
 from fastcore.imports import IN_NOTEBOOK
 from pathlib import Path
 from timm.models import push_to_hf_hub

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['rand_augment', 'Distorted', 'Disturb']
 
-# %% ../nbs/14a_distort.ipynb #3c784601
+# %% ../nbs/14a_distort.ipynb #401fda5a
 import random, numpy as np, torch
 from functools import partial
 from PIL import Image
@@ -15,7 +15,7 @@ from timm.data.random_erasing import RandomErasing
 from torch.utils.data import Dataset
 from .arguments import check_number
 
-# %% ../nbs/14a_distort.ipynb #91a34009
+# %% ../nbs/14a_distort.ipynb #cfdc6242
 def _one_bit_at_least(bits, level, hparams):
     return (max(1, bits(level, hparams)[0]),)
 
@@ -27,14 +27,15 @@ def rand_augment(
     fill = 128 if chans==1 else (128,)*3
     try: distort = rand_augment_transform(config, dict(img_mean=fill))
     except (AssertionError, ValueError, KeyError, AttributeError):
-        raise ValueError(f"timm has no RandAugment {config!r}: write it as rand-m9-mstd0.5-inc1") from None
+        raise ValueError(f"timm has no RandAugment {config!r}: write it as in "
+                         "rand-m9-mstd0.5-inc1") from None
     for op in distort.ops:
         if op.name.startswith('Posterize'): op.level_fn = partial(_one_bit_at_least, op.level_fn)
     return distort
 
-# %% ../nbs/14a_distort.ipynb #a0be2f7d
+# %% ../nbs/14a_distort.ipynb #a2db907a
 class Distorted(Dataset):
-    "A set whose images go through RandAugment when they are read, by a draw that follows from their batch's indices"
+    "A set whose images go through RandAugment when they are read; a batch's indices are its seed"
     def __init__(self,
         data,                          # an `ImageSet` or a `LazySet`, of 1 or 3 channels
         config='rand-m9-mstd0.5-inc1', # see `rand_augment`
@@ -43,8 +44,8 @@ class Distorted(Dataset):
         self.classes = getattr(data, 'classes', [])
         chans = data[0][0].shape[0]
         if chans not in (1, 3):
-            raise ValueError(f"RandAugment takes images of 1 or 3 channels, and these have {chans}: leave "
-                             "it out (distort=None)")
+            raise ValueError("RandAugment takes images of 1 or 3 channels, and these have "
+                             f"{chans}: leave it out (distort=None)")
         self.distort = rand_augment(config, chans)
 
     def __len__(self): return len(self.data)
@@ -64,7 +65,7 @@ class Distorted(Dataset):
         found = torch.from_numpy(np.array(self.distort(image)))
         return found.view(*x.shape[1:], len(x)).permute(2,0,1).contiguous()
 
-# %% ../nbs/14a_distort.ipynb #48dde5a0
+# %% ../nbs/14a_distort.ipynb #2c9d2286
 class Disturb:
     "What training adds to normalised images and their labels"
     def __init__(self,

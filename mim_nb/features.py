@@ -6,17 +6,17 @@
 __all__ = ['Normalize', 'encoder_parts', 'match_channels', 'image_batches', 'check_pool', 'check_class_token', 'check_layer',
            'layer_features', 'features']
 
-# %% ../nbs/13c_features.ipynb #90535513
+# %% ../nbs/13c_features.ipynb #903b0e43
 import os, torch
 from torch import nn
 from torch.utils.data import DataLoader
 from .arguments import check_whole
-from .encoders import square_or_pair
 from .augment import resize
-from .data import ImageSet
+from .encoders import square_or_pair
+from .images import ImageSet
 from .mim import MIM
 
-# %% ../nbs/13c_features.ipynb #24225303
+# %% ../nbs/13c_features.ipynb #4ea26762
 class Normalize(nn.Module):
     "Subtract a mean and divide by a spread"
     def __init__(self,
@@ -29,7 +29,7 @@ class Normalize(nn.Module):
 
     def forward(self, x): return (x-self.mean)/self.std
 
-# %% ../nbs/13c_features.ipynb #f24f2c11
+# %% ../nbs/13c_features.ipynb #a64503e2
 def _in_chans(model, cfg):
     "Channels that the first convolution takes"
     names = cfg.get('first_conv')
@@ -50,19 +50,19 @@ def _per_channel(values, chans, device):
 
 def encoder_parts(
     m, # a method, or a timm model
-)->tuple: # the encoder, a module that normalises, the channels, and the size in pixels: a side or (height, width)
+)->tuple: # encoder, a module that normalises, channels, and pixels: a side or (height, width)
     "The encoder, and what images must be like for it"
     if isinstance(m, MIM):
         return m.encoder,Normalize(m.mean, m.std),m.in_chans,square_or_pair(m.img_size)
     cfg = getattr(m, 'pretrained_cfg', None) or {}
     if 'mean' not in cfg:
-        raise ValueError(f"{type(m).__name__} does not say how to normalise images: pass the method "
-                         "itself, or a model from timm.create_model")
+        raise ValueError(f"{type(m).__name__} does not say how to normalise images: pass the "
+                         "method itself, or a model from timm.create_model")
     chans,device = _in_chans(m, cfg),next(m.parameters()).device
     mean,std = (_per_channel(cfg[k], chans, device) for k in ('mean', 'std'))
     return m,Normalize(mean, std),chans,square_or_pair(_img_size(m, cfg))
 
-# %% ../nbs/13c_features.ipynb #7627c442
+# %% ../nbs/13c_features.ipynb #16233ed2
 def match_channels(
     x:torch.Tensor, # images, (B,C,H,W)
     chans,          # that the encoder takes
@@ -74,7 +74,7 @@ def match_channels(
     raise ValueError(f"the encoder takes images of {chans} channels and these have {x.shape[1]}: "
                      "load them with that in_chans")
 
-# %% ../nbs/13c_features.ipynb #8f2d3049
+# %% ../nbs/13c_features.ipynb #10ddc07f
 def image_batches(
     images,     # (N,C,H,W), or an `ImageSet`, or a `LazySet`
     batch_size, # images at a time
@@ -87,7 +87,7 @@ def image_batches(
     loader = DataLoader(images, batch_size, num_workers=min(4, os.cpu_count()))
     return (x for x,_ in loader)
 
-# %% ../nbs/13c_features.ipynb #e9ebb8e6
+# %% ../nbs/13c_features.ipynb #4944bf22
 def check_pool(
     pool, # 'mean' or 'cls'
 ):
@@ -109,13 +109,14 @@ def check_layer(
 ):
     "A `ValueError` for a block that the encoder does not have"
     if not hasattr(encoder, 'forward_intermediates'):
-        raise ValueError(f"{type(encoder).__name__} does not give the outputs of its blocks: take a timm "
-                         "model that has forward_intermediates")
+        raise ValueError(f"{type(encoder).__name__} does not give the outputs of its blocks: take "
+                         "a timm model that has forward_intermediates")
     depth,whole = len(encoder.feature_info),isinstance(layer, int) and not isinstance(layer, bool)
     if not whole or not 0<layer<=depth:
-        raise ValueError(f"layer must lie between 1 and {depth}, the blocks of this encoder; got {layer!r}")
+        raise ValueError(f"layer must lie between 1 and {depth}, the blocks of this encoder; "
+                         f"got {layer!r}")
 
-# %% ../nbs/13c_features.ipynb #b79e12da
+# %% ../nbs/13c_features.ipynb #b1bc9ee0
 def _pooled(encoder, x, layers, pool, norm):
     "(B,D) for each of the blocks"
     given = dict(indices=[l-1 for l in layers], norm=norm, intermediates_only=True)

@@ -13,12 +13,12 @@ from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import nn
 from types import SimpleNamespace
-from .arguments import check_number, check_whole, nearest
+from .arguments import check_number, check_whole
 from .augment import Augment, resize
 from .distort import Distorted, Disturb
 from .features import check_class_token, encoder_parts, image_batches, match_channels
 from .mim import MIM
-from .probes import labels_like, split
+from .probes import labels_like
 from .ranks import get_device, ranks
 from .train import fit
 
@@ -27,8 +27,8 @@ def _set_drop_path(net, rate):
     "Stochastic depth that grows linearly over the blocks, as the authors' models have it"
     blocks = [b for b in net.modules() if hasattr(b, 'drop_path1')]
     if not blocks:
-        warnings.warn(f"{type(net).__name__} has no blocks that can be skipped: drop_path={rate} has "
-                      "no effect", stacklevel=4)
+        warnings.warn(f"{type(net).__name__} has no blocks that can be skipped: drop_path={rate} "
+                      "has no effect", stacklevel=4)
     for b,r in zip(blocks, torch.linspace(0, rate, len(blocks)).tolist()):
         for name in ('drop_path1', 'drop_path2'):
             if hasattr(b, name): setattr(b, name, DropPath(r) if r else nn.Identity())
@@ -39,7 +39,7 @@ def _with_head(m, classes, pool, drop_path):
     net = m.export_encoder()[0] if isinstance(m, MIM) else deepcopy(m)
     try: net.reset_classifier(classes, 'token' if pool=='cls' else 'avg')
     except (AssertionError, TypeError):
-        raise ValueError(f"{type(net).__name__} cannot be pooled by {pool!r}: take 'mean'") from None
+        raise ValueError(f"{type(net).__name__} has no pooling {pool!r}: take 'mean'") from None
     if pool=='mean' and isinstance(getattr(net, 'fc_norm', None), nn.Identity):
         net.norm,net.fc_norm = net.fc_norm,net.norm
     if drop_path: _set_drop_path(net, drop_path)
@@ -58,13 +58,13 @@ class Classifier(nn.Module):
         m,            # a method, or a timm model; it is copied
         classes,      # how many
         pool='mean',  # over patches, or 'cls': the class token
-        frozen=False, # train nothing but a batch norm without weights and a linear layer, as MAE's linear probe does
+        frozen=False, # train nothing but a linear layer behind a batch norm, as in MAE
         drop_path=0., # stochastic depth of the last block, in [0,1)
         mixup=0.,     # alpha of mixup, 0: none
         cutmix=0.,    # alpha of CutMix, 0: none
         smoothing=0., # of labels, in [0,1)
         erase=0.,     # chance that a rectangle of an image is erased
-        ema=None,     # decay of the average over time of the weights, such as .9999; None: no average
+        ema=None,     # decay of the weights' average over time, such as .9999; None: no average
     ):
         super().__init__()
         check_whole(low=1, high=2**16, classes=classes)
@@ -106,15 +106,15 @@ class Classifier(nn.Module):
         batch_size=500, # images at a time
     )->float:           # in [0,1]
         "The share of images of which the class is found"
-        if ema and not self.ema: raise ValueError("there are no averaged weights: train with ema=.999")
+        if ema and not self.ema: raise ValueError("there are no averaged weights: train with ema")
         y,net = _labels_for(self, data),self.ema.module if ema else None
         device,found = next(self.net.parameters()).device,[]
         self.eval()
         for x in image_batches(data, batch_size):
             out = self.logits(self.prepare(resize(x.to(device), self.size)), net)
             if not out.isfinite().all():
-                raise ValueError(f"the classifier's outputs for {data.name or 'these images'} are not "
-                                 "finite, so they have no accuracy: train with a lower learning rate")
+                raise ValueError(f"the classifier's outputs for {data.name or 'these images'} are "
+                                 "not finite, so they have no accuracy: take a lower learning rate")
             found.append(out.argmax(1).cpu())
         return (torch.cat(found)==y).float().mean().item()
 
@@ -128,8 +128,9 @@ def _check_ema(ema, frozen):
 def _labels_for(c, data):
     "The labels of a set, numbered as those that the classifier was trained with"
     y = labels_like(data, c.names)
-    if y is None or len(y)==0 or int(y.min())<0 or int(y.max())>=c.classes:
-        has = 'no labels' if y is None or len(y)==0 or int(y.min())<0 else f'{int(y.max())+1} classes'
+    labelled = y is not None and len(y)>0 and int(y.min())>=0
+    if not labelled or int(y.max())>=c.classes:
+        has = f'{int(y.max())+1} classes' if labelled else 'no labels'
         raise ValueError(f"{data.name} has {has} and the head {c.classes}: they must agree")
     return y
 
@@ -173,39 +174,38 @@ def get_recipe(
         raise ValueError(f"unknown recipe {recipe!r}: take one of {', '.join(finetune_recipes)}")
     r = dict(finetune_recipes[recipe] if isinstance(recipe, str) else recipe, **changes)
     missing = [k for k in ('epochs', 'batch_size', 'lr', 'weight_decay', 'augment') if k not in r]
-    if missing: raise ValueError(f"the recipe lacks {', '.join(missing)}: begin with one of finetune_recipes")
-    known = {k for o in finetune_recipes.values() for k in o} | {'betas'}
-    for k in r:
-        if k not in known: raise nearest(k, sorted(known), 'setting of fine-tuning')
+    if missing:
+        raise ValueError(f"the recipe lacks {', '.join(missing)}: start from finetune_recipes")
     return r
 
 def _check_trainable(data):
     "One sentence for images that nothing can be learned from"
     y = data.labels
     if y is None or len(y)==0 or int(y.min())<0:
-        raise ValueError(f"{data.name} has no labels, and fine-tuning needs them: put images into one "
-                         "folder a class")
+        raise ValueError(f"{data.name} has no labels, and fine-tuning needs them: put images into "
+                         "one folder a class")
     if int(y.min())==int(y.max()):
-        raise ValueError(f"all {len(y)} images of {data.name} are of one class, so there is nothing to "
-                         "learn: put images into one folder for each of several classes")
+        raise ValueError(f"all {len(y)} images of {data.name} are of one class, so there is "
+                         "nothing to learn: put images of other classes beside them")
     if int(y.max())>=2**16:
-        raise ValueError(f"a label of {data.name} is {int(y.max())}, which would take a head of that many "
-                         "classes: number the classes from 0")
+        raise ValueError(f"a label of {data.name} is {int(y.max())}, which would take a head of "
+                         "that many classes: number the classes from 0")
 
-def _batch_size(wanted, images, pairs):
-    "As wanted, or what the set allows: an even number of images for each process"
-    check_whole(low=1, batch_size=wanted)
-    world = ranks()[1]
-    most = images//(2*world)*(2*world)
+def _batch_size(wanted, images, pairs, accumulate=1):
+    "As wanted, or what the set allows: an even number of images for each process and turn"
+    check_whole(low=1, batch_size=wanted, accumulate=accumulate)
+    parts = ranks()[1]*accumulate
+    most = images//(2*parts)*(2*parts)
     if not most:
-        raise ValueError(f"{images} images are too few for {world} processes, which need 2 each: "
-                         "take more images or fewer processes")
-    if pairs and min(wanted, most)//world%2:
-        raise ValueError(f"mixup and CutMix blend pairs of images, and {wanted} images make "
-                         f"{wanted//world} a process: take an even batch_size for each")
-    return min(wanted, most)
+        raise ValueError(f"{images} images are too few to be shared by {parts} processes or turns, "
+                         "which need 2 each: take more images or fewer processes")
+    batch = min(wanted, most)
+    if pairs and batch%(2*parts):
+        raise ValueError(f"mixup and CutMix blend pairs of images, and {batch} images for {parts} "
+                         "processes or turns leave some without: take an even batch_size for each")
+    return batch
 
-_added = 'frozen', 'drop_path', 'mixup', 'cutmix', 'smoothing', 'erase'      # what `Classifier` takes
+_added = 'frozen', 'drop_path', 'mixup', 'cutmix', 'smoothing', 'erase'     # to `Classifier`
 
 def finetune(
     m,                 # a method, or a timm model; it is copied
@@ -217,24 +217,26 @@ def finetune(
     seed=0,            # every random choice follows from it
     folder=None,       # for log and checkpoints, see `fit`
     resume=False,      # go on from the folder's checkpoint
-    workers=0,         # processes that read and distort images, where they are not taken from memory
+    workers=0,         # processes that read and distort images, if these are not in memory
     bar=True,          # show a progress bar
-    **changes,         # to the recipe
+    **changes,         # to the recipe; others go to `fit`
 )->Classifier:         # in eval mode; its `accuracy` tells how good it is
     "Train an encoder further, or a layer on top of it, with labels"
     r = get_recipe(recipe, **changes)
     check_whole(low=0, high=2**62, seed=seed)
     _check_trainable(train)
     device = get_device(device)
-    r['batch_size'] = _batch_size(r['batch_size'], len(train), r.get('mixup') or r.get('cutmix'))
+    r['batch_size'] = _batch_size(r['batch_size'], len(train), r.get('mixup') or r.get('cutmix'),
+                                  r.get('accumulate', 1))
     added = {k: r.pop(k) for k in _added if k in r}
     opt,decay,distort = r.pop('opt', 'adamw'),r.pop('layer_decay', None),r.pop('distort', None)
     torch.manual_seed(seed)
     c = Classifier(m, int(train.labels.max())+1, pool, ema=ema, **added)
     c.names = tuple(getattr(train, 'classes', ()))
     def optimizer(c):
-        o = create_optimizer_v2(c.head if c.frozen else c.net, opt, lr=r['lr'],
-                                weight_decay=r['weight_decay'], layer_decay=None if decay==1 else decay)
+        trained,layers = c.head if c.frozen else c.net,None if decay==1 else decay
+        o = create_optimizer_v2(trained, opt, lr=r['lr'], weight_decay=r['weight_decay'],
+                                layer_decay=layers)
         if c.ema: o.register_step_post_hook(lambda *_: c.ema.update(c.net))
         return o
     augment = Augment(c.size, **r.pop('augment'))

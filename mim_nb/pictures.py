@@ -11,7 +11,8 @@ from pathlib import Path
 from .attention_heads import drawable, encoder_and_images, layer_index
 from .plots import show_images
 from .mim import MIM
-from .probes import features, standardize
+from .features import features
+from .probes import standardize
 from .runs import read_log
 
 # %% ../nbs/14e_pictures.ipynb #36a1cc72

@@ -9,10 +9,9 @@ __all__ = ['frozen_probes', 'check_labels', 'class_names', 'labels_like', 'check
 # %% ../nbs/14_probes.ipynb #00000003
 import torch, torch.nn.functional as F, warnings
 from .arguments import check_number, check_whole
-from .features import (Normalize, check_class_token, check_layer, encoder_parts, features,
-                             image_batches, layer_features, match_channels)
+from .features import encoder_parts, layer_features
 
-# %% ../nbs/14_probes.ipynb #f55127cc
+# %% ../nbs/14_probes.ipynb #7fe922ac
 def _some(labels, names):
     "Up to five classes by name, for a message"
     said = [str(names[i]) if i<len(names) else str(i) for i in sorted(labels)]
@@ -20,8 +19,8 @@ def _some(labels, names):
 
 def _check_given(y, name):
     if y is None or len(y)==0 or int(y.min())<0:
-        raise ValueError(f"the {name} images have no labels, and a probe needs them: put images into "
-                         "one folder a class")
+        raise ValueError(f"the {name} images have no labels, and a probe needs them: put images "
+                         "into one folder a class")
 
 def _check_unseen(seen, wanted, yt, names):
     "Classes of the test images that training never shows"
@@ -30,8 +29,8 @@ def _check_unseen(seen, wanted, yt, names):
     classes,count = _some(unseen, names),int(sum((yt==c).sum() for c in unseen))
     if count>.1*len(yt):
         raise ValueError(f"the test images have {len(wanted)} classes and the training images "
-                         f"{len(seen)}: {classes} ({count} of {len(yt)} test images) are never shown in "
-                         "training, so they cannot be found; take both splits from the same data")
+                         f"{len(seen)}: {classes} ({count} of {len(yt)} test images) are never "
+                         "shown in training; take both splits from the same data")
     warnings.warn(f"{count} of {len(yt)} test images are of classes that training never shows "
                   f"({classes}) and count as wrong: was a folder lost?", stacklevel=3)
 
@@ -40,19 +39,19 @@ def check_labels(
     yt,       # labels of the test images, long (M,), in the same numbering
     names=(), # of the classes, for messages
 ):
-    "A `ValueError` where an accuracy would say nothing, a warning where it says less than it seems to"
+    "A `ValueError` where an accuracy would say nothing, a warning where it says less than usual"
     _check_given(y, 'training')
     _check_given(yt, 'test')
     seen,wanted = set(y.unique().tolist()),set(yt.unique().tolist())
     if len(seen)==1:
-        raise ValueError(f"all training images are of one class, {_some(seen, names)}, so every answer "
-                         "would be that class: put images into one folder for each of several classes")
+        raise ValueError(f"all training images are of one class, {_some(seen, names)}, so every "
+                         "answer would be that class: put images of other classes beside them")
     _check_unseen(seen, wanted, yt, names)
     if seen-wanted:
-        warnings.warn(f"no test image is of the class {_some(seen-wanted, names)}: the accuracy says "
-                      "nothing about it; was a folder lost?", stacklevel=2)
+        warnings.warn(f"no test image is of the class {_some(seen-wanted, names)}: the accuracy "
+                      "says nothing about it; was a folder lost?", stacklevel=2)
 
-# %% ../nbs/14_probes.ipynb #e4eab8cd
+# %% ../nbs/14_probes.ipynb #1e0625fd
 def class_names(
     train, # a set
     test,  # another
@@ -64,7 +63,7 @@ def class_names(
 def labels_like(
     data,  # a set with labels
     names, # class names in the order that is wanted; empty: as they are
-)->torch.Tensor: # labels, long (N,): `i` means `names[i]`; names that are not there come after these
+)->torch.Tensor: # labels, long (N,): `i` means `names[i]`, and more is a name that is not there
     "The labels of a set, numbered as in another list of class names"
     own,y = list(getattr(data, 'classes', ())),data.labels
     if y is None or not own or not names or own==list(names) or len(y)==0: return y
@@ -72,13 +71,14 @@ def labels_like(
     number = {name: i for i,name in enumerate(dict.fromkeys([*names, *own]))}
     return torch.tensor([number[name] for name in own])[y]
 
-# %% ../nbs/14_probes.ipynb #115f095f
+# %% ../nbs/14_probes.ipynb #2f955ee1
 def _check_finite(f, name):
     if f.ndim!=2: raise ValueError(f"{name} features must have shape (N,D), got {tuple(f.shape)}")
     bad = int((~f.isfinite()).sum())
     if bad:
-        raise ValueError(f"{bad} of {f.numel()} numbers in the {name} features ({bad/f.numel():.1%}) are "
-                         "not finite: the encoder has diverged or its weights are damaged")
+        raise ValueError(f"{bad} of {f.numel()} numbers in the {name} features "
+                         f"({bad/f.numel():.1%}) are not finite: the encoder has diverged, or its "
+                         "weights are damaged")
 
 def check_features(
     f:torch.Tensor,  # features of the training images, (N,D)
@@ -88,19 +88,20 @@ def check_features(
     _check_finite(f, 'training')
     _check_finite(ft, 'test')
     if f.shape[1]!=ft.shape[1]:
-        raise ValueError(f"training features have {f.shape[1]} numbers and test features {ft.shape[1]}: "
-                         "take both from the same encoder and layer")
+        raise ValueError(f"training features have {f.shape[1]} numbers and test features "
+                         f"{ft.shape[1]}: take both from the same encoder and layer")
     spread,size = f.amax(0)-f.amin(0),f.abs().amax(0)
     if (spread<=1e-5*size).all():
-        warnings.warn("the features are the same for all training images: the encoder has collapsed, "
-                      "and the accuracy is that of guessing", stacklevel=2)
+        warnings.warn("the features are the same for all training images: the encoder has "
+                      "collapsed, and the accuracy is that of guessing", stacklevel=2)
 
 def _checked(f, y, ft, yt):
     "Features as float32 and labels numbered without gaps; what was never shown is -1"
     check_labels(y, yt)
     for a,b,name in ((f, y, 'training'), (ft, yt, 'test')):
         if len(a)!=len(b):
-            raise ValueError(f"{len(a)} {name} features and {len(b)} labels: there must be one label a feature")
+            raise ValueError(f"{len(a)} {name} features and {len(b)} labels: there must be one "
+                             "label a feature")
     f,ft = (x.float() if x.dtype!=torch.float64 else x for x in (f, ft))
     check_features(f, ft)
     classes,y = y.unique(return_inverse=True)
@@ -137,12 +138,14 @@ def standardize(
 )->tuple:            # both, with the training features' mean 0 and standard deviation 1
     "Standardise features by the statistics of the training images"
     check_features(f, ft)
-    if len(f)<2: raise ValueError(f"a spread needs at least 2 training images, got {len(f)}: add some")
+    if len(f)<2: raise ValueError(f"a spread needs 2 training images or more, got {len(f)}")
     mean,std = f.mean(0),f.std(0)+1e-6
-    if not (mean.isfinite() & std.isfinite()).all():
-        raise ValueError(f"features as large as {f.abs().max():.0e} cannot be standardised in "
-                         f"{f.dtype}: the encoder has diverged, or they should be scaled down")
-    return (f-mean)/std,(ft-mean)/std
+    found = (f-mean)/std,(ft-mean)/std
+    if not all(o.isfinite().all() for o in (std, *found)):
+        largest = max(f.abs().max(), ft.abs().max())
+        raise ValueError(f"features as large as {largest:.0e} cannot be standardised in {f.dtype}: "
+                         "the encoder has diverged, or they should be scaled down")
+    return found
 
 # %% ../nbs/14_probes.ipynb #00000011
 def _logits(w, x):
@@ -222,7 +225,7 @@ def evaluate(
     if layer is None: layer = len(encoder_parts(m)[0].feature_info)
     return evaluate_layers(m, train, test, [layer], pool, probes=probes)[0]
 
-# %% ../nbs/14_probes.ipynb #cc8728f3
+# %% ../nbs/14_probes.ipynb #64772b71
 def split(
     data,   # an `ImageSet` or a `LazySet` with labels
     share,  # of each class, in (0,1)
@@ -232,8 +235,8 @@ def split(
     check_number(above=0, below=1, share=share)
     check_whole(low=0, high=2**62, seed=seed)
     if data.labels is None or len(data)==0 or int(data.labels.min())<0:
-        raise ValueError(f"{data.name} has no labels, so its classes cannot be split evenly: put images "
-                         "into one folder a class")
+        raise ValueError(f"{data.name} has no labels, so its classes cannot be split evenly: put "
+                         "images into one folder a class")
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
     by_class = [order[data.labels[order]==c] for c in data.labels.unique()]
     first = torch.cat([o[:max(1, round(share*len(o)))] for o in by_class]).sort().values

@@ -6,7 +6,7 @@
 __all__ = ['ranks', 'of_all', 'slices', 'get_device', 'together', 'mean_over_ranks', 'agree', 'on_first', 'in_turn']
 
 # %% ../nbs/05b_ranks.ipynb #00000003
-import os, sys, torch, torch.distributed as dist
+import os, torch, torch.distributed as dist
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from datetime import timedelta
 

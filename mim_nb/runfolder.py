@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['run_settings', 'flat_settings', 'open_run', 'run_folder', 'check_run_place', 'Names', 'begin_run', 'record_run']
 
-# %% ../nbs/16c_runfolder.ipynb #4c736f93
+# %% ../nbs/16c_runfolder.ipynb #eb08582d
 import json, os, platform, re
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,7 +17,7 @@ from .runconfig import (check_model, check_recipe, data_of, read_config, teacher
                               tokenizer_of, write_config)
 from .runs import find_ckpts
 
-# %% ../nbs/16c_runfolder.ipynb #bbef8f17
+# %% ../nbs/16c_runfolder.ipynb #812c54e8
 def _with(defaults, changes):
     return {**defaults, **{k: v for k,v in changes.items() if v is not None}}
 
@@ -55,9 +55,9 @@ def flat_settings(
         else: flat[prefix+name] = v
     return flat
 
-# %% ../nbs/16c_runfolder.ipynb #d2dbc1a8
+# %% ../nbs/16c_runfolder.ipynb #d96518a0
 _written = ('config.json', 'log.jsonl', 'new.ckpt', 'last.ckpt', 'previous.ckpt', 'metrics.json',
-            'reconstructions.png', 'encoder', 'tokenizer')      # what a run writes into its folder
+            'reconstructions.png', 'encoder', 'tokenizer', 'tokenizer_training')     # by a run
 
 def _check_free(out):
     taken = [n for n in _written if os.path.lexists(Path(out)/n)]
@@ -91,7 +91,7 @@ def open_run(
                          "or start another run with --out")
     return old
 
-# %% ../nbs/16c_runfolder.ipynb #8b0b0ba2
+# %% ../nbs/16c_runfolder.ipynb #65fcdbe8
 def _remove(path):
     "Delete a file, or those files in a folder that a run writes, and the empty folder"
     if not path.is_dir() or path.is_symlink(): return path.unlink(missing_ok=True)
@@ -101,7 +101,9 @@ def _remove(path):
 
 def _take_back(out, before):
     "Remove what a start has written, unless training has begun"
-    if 'config.json' in before or find_ckpts(out) or find_ckpts(out/'tokenizer'): return
+    saved = [*find_ckpts(out), *find_ckpts(out/'tokenizer_training')]
+    began = {p.relative_to(out).parts[0] for p in saved} - before
+    if 'config.json' in before or began: return
     for p in out.iterdir():
         ours = p.name in _written or re.match(r'\.mim_nb-|events\.out\.', p.name)
         if ours and p.name not in before: _remove(p)
@@ -127,7 +129,7 @@ def run_folder(
             with suppress(OSError): p.rmdir()          # an empty one
         raise
 
-# %% ../nbs/16c_runfolder.ipynb #17c37b22
+# %% ../nbs/16c_runfolder.ipynb #7e21029d
 def check_run_place(
     out,  # the folder of a run
     data, # the name of the images
@@ -140,7 +142,7 @@ def check_run_place(
         raise ValueError(f"the run's folder {out} lies in the folder of the images, {data}, and "
                          "its pictures would become images: name a folder elsewhere with --out")
 
-# %% ../nbs/16c_runfolder.ipynb #1cb8290e
+# %% ../nbs/16c_runfolder.ipynb #0e0c0b53
 _job_file = '.mim_nb-job.json'
 
 def _job():
@@ -181,13 +183,13 @@ def begin_run(
     source = None if ready else tokenizer_of(out, config, tokenizer)
     return config,Names(data, teacher, source, remote),True
 
-# %% ../nbs/16c_runfolder.ipynb #151c78bc
+# %% ../nbs/16c_runfolder.ipynb #1264a5b4
 def record_run(
     out,     # the run's folder, which is held
     config,  # the run's settings
     resume,  # whether the run is resumed
 ):
     "Write what describes a new run, and which job of torchrun works on it"
-    for folder in (Path(out), Path(out)/'tokenizer'): remove_debris(folder)
+    for folder in (Path(out), Path(out)/'tokenizer_training'): remove_debris(folder)
     if _job() is not None: write_json(Path(out)/_job_file, dict(job=_job()))
     if not resume: write_config(out, config)

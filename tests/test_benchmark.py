@@ -6,8 +6,8 @@ from pathlib import Path
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from mim_nb import benchmark as bm, flops, timing
-from mim_nb.benchmark import benchmark, mim_benchmark, mim_benchmark_cli, table_header, table_row, usual_sizes
-from mim_nb.data import ImageSet, batches
+from mim_nb.benchmark import benchmark_method as benchmark, mim_benchmark, mim_benchmark_cli, table_header, table_row, usual_sizes
+from mim_nb.images import ImageSet, batches
 from mim_nb.flops import (counted_flops, fresh, gpu_days, hidden_patches, paper_schedule, schedule_in_words,
     silent_step, step_flops, untrained_tokenizers)
 from mim_nb.methods import create, methods
