@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from timm.layers import to_2tuple
 from torch.overrides import TorchFunctionMode
 from .attention import attention_weights
-from .probes import encoder_parts
+from .features import encoder_parts
 
 # %% ../nbs/14d_attention_heads.ipynb #f009a5ce
 def encoder_and_images(

@@ -9,12 +9,12 @@ __all__ = ['PublishedTokenizer', 'DalleBlock', 'dalle_net', 'DalleTokenizer', 'V
 # %% ../nbs/07b_authors_tokenizers.ipynb #00000003
 from collections import OrderedDict
 from pathlib import Path
-import torch, torch.nn.functional as F
+import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 from .augment import resize
 from .patches import patch_grid
-from .pickles import Inert, TensorReader, read_pickled, read_weights
+from .pickles import read_weights
 
 # %% ../nbs/07b_authors_tokenizers.ipynb #00000009
 class PublishedTokenizer(nn.Module):

@@ -6,7 +6,7 @@
 __all__ = ['transformers_names', 'mim_convert_cli', 'transformers_weights', 'save_transformers', 'mim_convert', 'push_to_hub']
 
 # %% ../nbs/18b_convert.ipynb #00000002
-import importlib.util, re, sys, torch, warnings
+import importlib.util, re, sys, warnings
 from fastcore.imports import IN_NOTEBOOK
 from pathlib import Path
 from timm.models import push_to_hf_hub
@@ -100,7 +100,7 @@ def _check_push(repo):
     "What an upload needs, before there is anything to upload"
     if importlib.util.find_spec('huggingface_hub') is None:
         raise ImportError("--push needs the package huggingface_hub: pip install huggingface_hub, or leave out --push")
-    if not re.fullmatch(r'[\w.-]+/[\w.-]+', repo): raise ValueError(f"--push takes user/name, such as you/encoder, got {repo!r}")
+    if not re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', repo): raise ValueError(f"--push takes user/name, such as you/encoder, got {repo!r}")
 
 def _check_arguments(method, format, size, mean, std, heads, push):
     "Arguments that can work"

@@ -73,6 +73,3 @@ def export_vit(
     out = VisionTransformer(**args).eval()
     out.load_state_dict(encoder.state_dict())
     return out,'vit_base_patch16_224',args
-
-# %% ../nbs/04b_folders.ipynb #bf8e75cc
-from .folders import encoder_folder, load_folder

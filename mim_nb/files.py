@@ -222,8 +222,8 @@ def check_folder_sums(
     for name in sorted(sums.keys()|there):
         file = folder/name
         if file.is_file() and digest(file)==sums.get(name): continue
-        raise ValueError(f"{file} is damaged or missing, compared with {_sums}: fetch or export the "
-                         f"folder again, or delete {_sums} if you edited it")
+        raise ValueError(f"{file} is damaged or missing, compared with {_sums}: fetch or export "
+                         f"the folder again, or delete {_sums} if you edited it")
 
 # %% ../nbs/00d_files.ipynb #90460fe6
 @contextmanager

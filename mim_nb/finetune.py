@@ -18,7 +18,7 @@ from .augment import Augment, resize
 from .distort import Distorted, Disturb
 from .features import check_class_token, encoder_parts, image_batches, match_channels
 from .mim import MIM
-from .probes import labels_like, split
+from .probes import labels_like
 from .ranks import get_device, ranks
 from .train import fit
 

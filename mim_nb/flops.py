@@ -7,7 +7,7 @@ __all__ = ['forward_flops', 'untrained_tokenizers', 'block_flops', 'embed_flops'
            'beit_flops', 'mcbeit_flops', 'mae_flops', 'saim_flops', 'mixmim_flops', 'step_flops', 'fresh',
            'shapes_only', 'counted_flops', 'silent_step', 'paper_schedule', 'schedule_in_words', 'gpu_days']
 
-# %% ../nbs/18c_flops.ipynb #c964da54
+# %% ../nbs/18c_flops.ipynb #bc529374
 import torch
 from contextlib import contextmanager, nullcontext
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -21,7 +21,7 @@ from .step import Step
 from .tokenizers import DVAE
 from .train import param_groups
 
-# %% ../nbs/18c_flops.ipynb #bc662578
+# %% ../nbs/18c_flops.ipynb #21197d87
 def block_flops(
     n,         # tokens
     d,         # their width, D
@@ -48,7 +48,7 @@ def decoder_flops(
     blocks = len(d.blocks)*block_flops(out, d.embed.out_features)
     return come_in + blocks + 2*(out-d.prefix)*d.head.weight.numel()
 
-# %% ../nbs/18c_flops.ipynb #8a0055a7
+# %% ../nbs/18c_flops.ipynb #fa7f7b01
 def hidden_patches(
     m # a method
 ):
@@ -86,7 +86,7 @@ def saim_flops(m):
     head = 2*L*(m.head.fc1.weight.numel()+m.head.fc2.weight.numel())
     return vit_flops(m, L+1) + queries + head
 
-# %% ../nbs/18c_flops.ipynb #7e09edca
+# %% ../nbs/18c_flops.ipynb #9ce31326
 def mixmim_flops(m):
     "Stages of blocks with windows, the merging between them, and the decoder on both images"
     total = embed_flops(m)
@@ -99,7 +99,7 @@ def mixmim_flops(m):
 forward_flops = dict(beit=beit_flops, mcbeit=mcbeit_flops, mae=mae_flops, deepmim=mae_flops,
                      saim=saim_flops, mixmim=mixmim_flops)
 
-# %% ../nbs/18c_flops.ipynb #5d360b4d
+# %% ../nbs/18c_flops.ipynb #baf84421
 def step_flops(
     method, # a key of `methods`
     m       # such a method
@@ -109,7 +109,7 @@ def step_flops(
     if method=='mcbeit': fixed += 2*hidden_patches(m)*m.num_patches*m.head.out_features
     return 3*forward_flops[method](m) - fixed
 
-# %% ../nbs/18c_flops.ipynb #10c0f5ab
+# %% ../nbs/18c_flops.ipynb #cccd3867
 def _dvae(m): return DVAE(m.img_size[0], m.patch_size[0], m.in_chans, m.head.out_features)
 def _dalle(m): return DalleTokenizer(8*m.grid[0], vocab_size=m.head.out_features, decoder=0)
 def _vqgan(m): return VQGANTokenizer(8*m.grid[0], vocab_size=m.head.out_features, decoder=False)
@@ -130,7 +130,7 @@ def fresh(
         if hasattr(m, 'set_tokenizer'): m.set_tokenizer(untrained_tokenizers[tokenizer](m))
     return m.train()
 
-# %% ../nbs/18c_flops.ipynb #ecf99199
+# %% ../nbs/18c_flops.ipynb #fc7fad11
 def _once(f, *args, **kwargs): return f(*args)
 def _no_context(*args, **kwargs): return nullcontext()
 
@@ -150,7 +150,7 @@ def counted_flops(
         with FlopCounterMode(display=False) as of_model: m(x, target=target).loss.backward()
     return dict(target=of_target.get_total_flops()//2, model=of_model.get_total_flops()//2)
 
-# %% ../nbs/18c_flops.ipynb #8aa66739
+# %% ../nbs/18c_flops.ipynb #715a2c13
 def silent_step(
     m # a method on the meta device
 ):
@@ -159,7 +159,7 @@ def silent_step(
     images = torch.zeros(4, m.in_chans, *m.img_size, dtype=torch.uint8, device='meta')
     with shapes_only(): step(0, images, torch.zeros(4, dtype=torch.long, device='meta'))
 
-# %% ../nbs/18c_flops.ipynb #8984df75
+# %% ../nbs/18c_flops.ipynb #7e5fd0a0
 def paper_schedule(
     method,          # a key of `methods`
     preset='base',   # a key of its `presets`
@@ -186,7 +186,7 @@ def schedule_in_words(
             f"to warm up to a rate of {s['lr']:.3g}, which ends at {s['min_lr']:.3g}; "
             f"hides {s['hidden']} of {s['patches']} patches")
 
-# %% ../nbs/18c_flops.ipynb #8fa1fe26
+# %% ../nbs/18c_flops.ipynb #01828a79
 def gpu_days(
     images_per_second, # of one card
     method,            # a key of `methods`

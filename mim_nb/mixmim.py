@@ -16,7 +16,7 @@ from .encoders import square_or_pair, xavier_init
 from .mae import Decoder, MAE, decoder_names
 from .masks import Cells, make_cells, random_order
 from .mim import MIM
-from .mixmim_encoder import MixMIMEncoder, mixmim_filter, stage_grids, stage_windows
+from .mixmim_encoder import MixMIMEncoder, stage_grids, stage_windows
 from .patches import patchify, unpatchify
 
 # %% ../nbs/13_mixmim.ipynb #00000023

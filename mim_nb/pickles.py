@@ -121,7 +121,7 @@ class _ZipReader(TensorReader):
         if not numel: return torch.empty(0, dtype=dtype)
         self.f.seek(info.header_offset+26)
         start = info.header_offset+30 + sum(struct.unpack('<HH', self.f.read(4)))       # behind the name and the extra field
-        if start%dtype.itemsize: return torch.frombuffer(self.bytes[start:start+info.file_size], dtype=dtype).clone()
+        if start%dtype.itemsize: return torch.frombuffer(bytearray(self.bytes[start:start+info.file_size]), dtype=dtype)
         return torch.frombuffer(self.bytes, dtype=dtype, count=numel, offset=start)
 
 def _check_records(archive, size):

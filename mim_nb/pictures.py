@@ -9,9 +9,10 @@ __all__ = ['show_rows', 'show_pictures', 'feature_pca', 'show_pca', 'neighbours'
 import math, torch, torch.nn.functional as F, matplotlib.pyplot as plt
 from pathlib import Path
 from .attention_heads import drawable, encoder_and_images, layer_index
-from .data import show_images
+from .plots import show_images
 from .mim import MIM
-from .probes import features, standardize
+from .features import features
+from .probes import standardize
 from .runs import read_log
 
 # %% ../nbs/14e_pictures.ipynb #36a1cc72

@@ -5,15 +5,17 @@
 # %% auto #0
 __all__ = ['tokenizer_recipe', 'min_tokenizer_steps', 'vocabulary', 'Prepared', 'prepare', 'get_tokenizer', 'vocabulary_report']
 
-# %% ../nbs/16d_prepare.ipynb #216eea5b
+# %% ../nbs/16d_prepare.ipynb #634c02a3
 import torch, warnings
 from copy import deepcopy
 from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
+from timm.layers import to_2tuple
 from typing import NamedTuple
 from .augment import Augment
 from .data import load_data, load_like, steps_per_epoch
+from .encoders import square_or_pair
 from .methods import get_method
 from .ranks import on_first, ranks, slices
 from .runconfig import build_method
@@ -22,7 +24,7 @@ from .runs import find_ckpts
 from .tokenizers import DVAE, load_tokenizer, perplexity, save_tokenizer, usage
 from .train import fit
 
-# %% ../nbs/16d_prepare.ipynb #9afa1a56
+# %% ../nbs/16d_prepare.ipynb #7f761654
 class Prepared(NamedTuple):
     "All that training needs"
     train:object     # the images to learn from
@@ -50,7 +52,8 @@ def _given_tokenizer(config, names):
     return t,config | dict(model=config['model'] | dict(vocab_size=t.vocab_size))
 
 def _load_images(config, names, chans, workers):
-    room = round(config['model']['img_size']*8/7)
+    sides = to_2tuple(config['model']['img_size'])
+    room = square_or_pair([round(side*8/7) for side in sides])
     allowed = 'allow_remote' in signature(load_data).parameters
     more = dict(allow_remote=True) if names.remote and allowed else {}
     train = load_like(names.data, 'train', room, chans, workers=workers, **more)
@@ -82,7 +85,7 @@ def prepare(
     if getattr(m, 'teacher_name', None): m.get_teacher()      # now, in case it cannot be had
     return Prepared(train, test, m, tokenizer, per_epoch)
 
-# %% ../nbs/16d_prepare.ipynb #76a2f711
+# %% ../nbs/16d_prepare.ipynb #03bf0020
 tokenizer_recipe = dict(epochs=6, batch_size=128, lr=3e-3, warmup_epochs=.2, weight_decay=1e-4)
 min_tokenizer_steps = 300     # of a tokenizer's training, however small the set
 
@@ -107,11 +110,12 @@ def get_tokenizer(
     if source: on_first(lambda: save_tokenizer(source, folder))
     if on_first((folder/'config.json').exists): return load_tokenizer(folder)
     torch.manual_seed(config['seed'])
-    t = DVAE(m.img_size[0], m.patch_size[0], m.in_chans, m.head.out_features)
-    on_first(lambda: folder.mkdir(parents=True, exist_ok=True))
-    augment = Augment(m.img_size[0], **config['recipe']['augment'])
-    resume = resume and on_first(lambda: bool(find_ckpts(folder)))
-    fit(t, data, **_recipe_for(data), seed=config['seed'], folder=folder, augment=augment,
+    t = DVAE(m.img_size, m.patch_size, m.in_chans, m.head.out_features)
+    training = folder.with_name(folder.name+'_training')
+    on_first(lambda: training.mkdir(parents=True, exist_ok=True))
+    augment = Augment(square_or_pair(m.img_size), **config['recipe']['augment'])
+    resume = resume and on_first(lambda: bool(find_ckpts(training)))
+    fit(t, data, **_recipe_for(data), seed=config['seed'], folder=training, augment=augment,
         resume=resume, **kwargs)
     on_first(lambda: save_tokenizer(t, folder))
     return t

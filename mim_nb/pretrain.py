@@ -14,19 +14,21 @@ from pathlib import Path
 from . import timm_models        # timm then knows MixMIM's encoder, which may be a teacher
 from .arguments import check_number, check_sides, check_whole
 from .augment import Augment, resize
-from .checkpoints import save_encoder
+from .exports import save_encoder
 from .cli import command
 from .data import sample
+from .encoders import square_or_pair
 from .evaluate import evaluate
 from .files import write_json
 from .prepare import get_tokenizer, prepare, vocabulary_report
 from .ranks import get_device, in_turn, on_first, ranks, together
 from .runconfig import write_config
-from .runfolder import (begin_run, check_place, flat_settings, open_run, record_run,
-                              run_folder, run_settings)
+from .runfolder import (begin_run, check_run_place, flat_settings, record_run, run_folder,
+                              run_settings)
 from .runs import find_ckpts
 from .train import fit
-from .visualize import save_figure, show_pictures
+from .visualize import save_figure
+from .pictures import show_pictures
 
 # %% ../nbs/17_pretrain.ipynb #00000008
 settings,save_run,vocabulary = run_settings,write_config,vocabulary_report    # names of version 0.1
@@ -84,7 +86,7 @@ log       {out}/log.jsonl""")
 
 # %% ../nbs/17_pretrain.ipynb #00000015
 def _hold(until_end, out, config):
-    check_place(out, config['data'])
+    check_run_place(out, config['data'])
     until_end.enter_context(run_folder(out))
 
 def _say_what_runs(config, names, ready, device, out):
@@ -109,19 +111,19 @@ def _train(m, ready, config, out, resume, **kwargs):
     "The log of the training"
     recipe = dict(config['recipe'])
     print(f"Now {recipe['epochs']:g} epochs of {ready.per_epoch} steps")
-    augment = Augment(m.img_size[0], **recipe.pop('augment'))
+    augment = Augment(square_or_pair(m.img_size), **recipe.pop('augment'))
     resume = resume and on_first(lambda: bool(find_ckpts(out)))
     return fit(m, ready.train, **recipe, augment=augment, seed=config['seed'], folder=out,
                resume=resume, **kwargs)
 
 def _take_home(m, out, held, metrics, loss, device):
     save_encoder(m, out/'encoder')
-    images = resize(held.images[:8].to(device), m.img_size[0])
+    images = resize(held.images[:8].to(device), square_or_pair(m.img_size))
     save_pictures(m, images, out/'reconstructions.png')
     write_json(out/'metrics.json', dict(metrics, loss=loss, machine=machine(device)))
     _report(out, metrics, m.encoder, held.labels is not None)
 
-# %% ../nbs/17_pretrain.ipynb #2de1f20a
+# %% ../nbs/17_pretrain.ipynb #e35e9bea
 def pretrain(
     out,             # the run's folder
     config,          # from `run_settings`
@@ -158,19 +160,28 @@ def pretrain(
         on_first(lambda: _take_home(m, out, held, metrics, loss, device))
         return metrics
 
-# %% ../nbs/17_pretrain.ipynb #f1cfd1ed
+# %% ../nbs/17_pretrain.ipynb #5e45efb5
+def _sides(size):
+    "A size such as 32 or '48x64' as one number or (height, width)"
+    if not isinstance(size, str): return size
+    try: sides = [int(side) for side in size.lower().split('x')]
+    except ValueError:
+        raise ValueError("size must be a whole number of pixels, or height x width such as 48x64, "
+                         f"got {size!r}") from None
+    return sides[0] if len(sides)==1 else sides
+
 def _check_flags(**flags):
     "One sentence for the first flag that cannot work, whatever the others are"
     given = {k: v for k,v in flags.items() if v is not None}
     for name,v in given.items():
         if v=='': raise ValueError(f"--{name} is empty: give a value, or leave it out")
-    whole = dict(patch=(1, 4096), batch=(1, None), accumulate=(1, None), workers=(0, 1024),
+    whole = dict(patch=(1, 4096), batch=(1, 10**6), accumulate=(1, 10**6), workers=(0, 1024),
                  seed=(0, 2**63-1))
     for name,limits in whole.items():
         if name in given: check_whole(*limits, **{name: given[name]})
     for name in ('epochs', 'lr'):
         if name in given: check_number(above=0, **{name: given[name]})
-    if 'size' in given: check_sides(4096, size=given['size'])
+    if 'size' in given: check_sides(4096, size=_sides(given['size']))
     if 'mask' in given and not 0<given['mask']<1:
         raise ValueError(f"mask must lie between 0 and 1, got {given['mask']}: "
                          "it is the part of the patches to hide")
@@ -185,7 +196,7 @@ def mim_pretrain(
     resume:bool=False,  # go on with the run in that folder
     seed:int=None,      # every random choice follows from it; default: 0
     device:str='auto',  # auto, cpu, cuda, mps
-    size:int=None,      # side of the images, pixels; default: the preset's
+    size:str=None,      # pixels: 32, or height x width such as 48x64; default: the preset's
     patch:int=None,     # side of a patch, pixels; default: the preset's
     batch:int=None,     # images a step, over all processes and turns; default: the recipe's
     lr:float=None,      # highest learning rate; default: the recipe's
@@ -203,7 +214,7 @@ def mim_pretrain(
     _check_flags(method=method, data=data, preset=preset, epochs=epochs, out=out, seed=seed,
                  size=size, patch=patch, batch=batch, lr=lr, mask=mask, tokenizer=tokenizer,
                  teacher=teacher, workers=workers, accumulate=accumulate)
-    model = dict(img_size=size, patch_size=patch, mask_ratio=mask, teacher=teacher)
+    model = dict(img_size=_sides(size), patch_size=patch, mask_ratio=mask, teacher=teacher)
     recipe = dict(epochs=epochs, batch_size=batch, lr=lr)
     run = dict(method=method, preset=preset, data=data, seed=seed, tokenizer=tokenizer,
                accumulate=accumulate)

@@ -9,8 +9,7 @@ __all__ = ['frozen_probes', 'check_labels', 'class_names', 'labels_like', 'check
 # %% ../nbs/14_probes.ipynb #00000003
 import torch, torch.nn.functional as F, warnings
 from .arguments import check_number, check_whole
-from .features import (Normalize, check_class_token, check_layer, encoder_parts, features,
-                             image_batches, layer_features, match_channels)
+from .features import encoder_parts, layer_features
 
 # %% ../nbs/14_probes.ipynb #7fe922ac
 def _some(labels, names):

@@ -6,7 +6,7 @@
 __all__ = ['ranks', 'of_all', 'slices', 'get_device', 'together', 'mean_over_ranks', 'agree', 'on_first', 'in_turn']
 
 # %% ../nbs/05b_ranks.ipynb #00000003
-import os, sys, torch, torch.distributed as dist
+import os, torch, torch.distributed as dist
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from datetime import timedelta
 
@@ -35,11 +35,11 @@ def slices(
     n = world*accumulate
     if batch_size%n:
         raise of_all(ValueError(
-            f"a batch of {batch_size} images cannot be cut into {n} equal slices ({world} processes × "
-            f"{accumulate} turns): take a batch of {max(1, round(batch_size/n))*n}"))
+            f"a batch of {batch_size} images cannot be cut into {n} equal slices ({world} "
+            f"processes × {accumulate} turns): take a batch of {max(1, round(batch_size/n))*n}"))
     return [rank + world*j for j in range(accumulate)]
 
-# %% ../nbs/05b_ranks.ipynb #fe60b430
+# %% ../nbs/05b_ranks.ipynb #5a61a699
 def _fastest():
     if torch.cuda.is_available(): return 'cuda'
     return 'mps' if torch.backends.mps.is_available() else 'cpu'

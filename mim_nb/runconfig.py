@@ -6,19 +6,19 @@
 __all__ = ['check_model', 'check_recipe', 'check_config', 'trusted', 'write_config', 'read_config', 'data_of', 'teacher_of',
            'tokenizer_of', 'build_method']
 
-# %% ../nbs/06c_runconfig.ipynb #cd39076e
+# %% ../nbs/06c_runconfig.ipynb #11694a4c
 import hashlib, hmac, json, os, secrets, stat, torch
 from dataclasses import fields
 from inspect import signature
 from pathlib import Path
-from .arguments import check_number, check_sides, check_whole, nearest
+from .arguments import check_choice, check_number, check_sides, nearest
 from .augment import Augment
 from .files import read_json, write_json
 from .methods import get_method
 from .shards import is_shards
 from .train import Recipe
 
-# %% ../nbs/06c_runconfig.ipynb #8e80a204
+# %% ../nbs/06c_runconfig.ipynb #7ab71e6b
 _largest = 10**6      # of any number in `model`
 _text = 'a text', lambda v: isinstance(v, str) and v!=''
 
@@ -55,7 +55,7 @@ def check_model(
         if v is not None and kind and not kind[1](v):
             raise ValueError(f"{name} must be {kind[0]}, got {v!r}")
 
-# %% ../nbs/06c_runconfig.ipynb #9dc2d2eb
+# %% ../nbs/06c_runconfig.ipynb #747439a9
 def _check_pair(name, v, low, high):
     if not (isinstance(v, (list, tuple)) and len(v)==2):
         raise ValueError(f"{name} must be two numbers, got {v!r}")
@@ -69,9 +69,9 @@ def _check_augment(augment):
         if name not in known: raise nearest(name, known, 'setting of augment')
         if name in ('scale', 'ratio'): _check_pair(name, v, 1e-4, 1 if name=='scale' else 100)
         if name=='flip': check_number(0, 1, flip=v)
+        if name=='interpolation': check_choice(('bilinear', 'bicubic'), interpolation=v)
         if name=='jitter':
             for o in v if isinstance(v, (list, tuple)) else [v]: check_number(0, 10, jitter=o)
-    Augment(28, **augment)
 
 def check_recipe(
     recipe:dict, # training settings, as in a method's `recipes`
@@ -88,7 +88,7 @@ def check_recipe(
     check_number(high=_largest, warmup_epochs=recipe.get('warmup_epochs', 0))
     _check_augment(recipe['augment'])
 
-# %% ../nbs/06c_runconfig.ipynb #d6696ecb
+# %% ../nbs/06c_runconfig.ipynb #84549bea
 _settings = 'settings (name: value)', lambda v: isinstance(v, dict)
 _seed = 'a whole number from 0 to 2⁶³-1', lambda v: type(v) is int and 0<=v<2**63
 _turns = 'a whole number of at least 1', lambda v: type(v) is int and 1<=v<2**20
@@ -112,7 +112,7 @@ def check_config(
     _in_part('model', check_model, config['method'], config['model'])
     _in_part('recipe', check_recipe, config['recipe'])
 
-# %% ../nbs/06c_runconfig.ipynb #60be62c9
+# %% ../nbs/06c_runconfig.ipynb #0135254f
 def _make_key(file):
     "Write a new key, whole or not at all; one that appears at the same moment is kept"
     file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -148,7 +148,7 @@ def trusted(
     seal = _seal(config)
     return bool(seal) and hmac.compare_digest(seal.encode(), config.get('seal', '').encode())
 
-# %% ../nbs/06c_runconfig.ipynb #f6cdde68
+# %% ../nbs/06c_runconfig.ipynb #fe6d3a1b
 def write_config(
     folder,      # of the run; made if it does not exist
     config:dict, # what describes the run: plain values
@@ -177,7 +177,7 @@ def read_config(
                          "take the file as mim_pretrain wrote it") from None
     return config
 
-# %% ../nbs/06c_runconfig.ipynb #c84a37e1
+# %% ../nbs/06c_runconfig.ipynb #87205cc5
 def _is_remote(name): return '://' in name or 'pipe:' in name or '|' in name
 
 def _seen_from_here(folder, config, name):
@@ -222,7 +222,7 @@ def tokenizer_of(
     "The folder of the tokenizer that was given to a run"
     return _name(folder, config, config.get('tokenizer'), given, 'the tokenizer', '--tokenizer')
 
-# %% ../nbs/06c_runconfig.ipynb #bf97c85f
+# %% ../nbs/06c_runconfig.ipynb #b0eb7ccb
 def build_method(
     config:dict,  # what describes the run
     folder=None,  # of the run, for messages; None: it has none yet

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['RunLog']
 
-# %% ../nbs/05d_runlog.ipynb #5fbb3b66
+# %% ../nbs/05d_runlog.ipynb #c10e8bbf
 import math, signal, time, torch
 from .ranks import mean_over_ranks, of_all, ranks
 from .runs import append_row
 
-# %% ../nbs/05d_runlog.ipynb #2134b5b6
+# %% ../nbs/05d_runlog.ipynb #f40c671c
 def _board(folder, start):
     try: from torch.utils.tensorboard import SummaryWriter
     except ImportError:

@@ -6,14 +6,14 @@
 __all__ = ['save_ckpt', 'find_ckpts', 'load_ckpt', 'read_log', 'append_row', 'start_run', 'resume_run', 'Stopped',
            'PoliteSignals', 'surviving_output']
 
-# %% ../nbs/05c_runs.ipynb #dbb4ba3c
+# %% ../nbs/05c_runs.ipynb #8c9faeb8
 import errno, hashlib, json, os, shutil, signal, sys, threading, torch
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from .files import errors_in_words, sync_folder, write_whole
 from .ranks import ranks
 
-# %% ../nbs/05c_runs.ipynb #bb86b434
+# %% ../nbs/05c_runs.ipynb #42eb85e5
 _mark = b'mim_nb\0\1'
 
 class _Summed:
@@ -43,7 +43,7 @@ def _damage(path):
     if trailer[:8]!=_mark: return "it has no checksum: it was damaged, or made before version 0.2"
     if trailer[8:]!=found.digest(): return "its checksum does not fit: it was damaged"
 
-# %% ../nbs/05c_runs.ipynb #70515e36
+# %% ../nbs/05c_runs.ipynb #e63c153d
 _kinds = dict(step=int, settings=dict, model=dict, opt=dict)
 
 def _read_ckpt(path):
@@ -58,7 +58,7 @@ def _read_ckpt(path):
     if not good: raise ValueError("it is no checkpoint of a run")
     return ckpt
 
-# %% ../nbs/05c_runs.ipynb #f7f1c952
+# %% ../nbs/05c_runs.ipynb #41911ff7
 _no_links = {getattr(errno, n) for n in ('EPERM', 'ENOTSUP', 'ENOSYS', 'EMLINK', 'EINVAL')}
 
 def _keep_as(last, previous):
@@ -99,7 +99,7 @@ def save_ckpt(
             new.unlink(missing_ok=True)
             raise
 
-# %% ../nbs/05c_runs.ipynb #1b2bd017
+# %% ../nbs/05c_runs.ipynb #23a1b7b3
 def find_ckpts(folder)->list:
     "The checkpoints of a run's folder, newest first"
     return [f for n in ('new', 'last', 'previous') if (f := Path(folder)/f'{n}.ckpt').exists()]
@@ -117,7 +117,7 @@ def load_ckpt(folder)->dict:
             print(f"{f.name} cannot be used ({e}){then}")
     raise ValueError(f"no checkpoint in {folder} can be read: start again in a new folder")
 
-# %% ../nbs/05c_runs.ipynb #540b0112
+# %% ../nbs/05c_runs.ipynb #dd038a7e
 def read_log(folder)->list:
     "The rows of a run's `log.jsonl`; what is no row, or was cut off, is left out"
     f,rows = Path(folder)/'log.jsonl',[]
@@ -144,7 +144,7 @@ def append_row(
             f.truncate(size)
             raise
 
-# %% ../nbs/05c_runs.ipynb #1411d836
+# %% ../nbs/05c_runs.ipynb #8ff475ad
 def _check_same(folder, old, new):
     "One sentence if a run is resumed with other settings"
     changed = [k for k in {**old, **new} if old.get(k)!=new.get(k)]
@@ -189,7 +189,7 @@ def resume_run(
     _write_log(folder, rows)
     return ckpt['step'],rows
 
-# %% ../nbs/05c_runs.ipynb #a564f974
+# %% ../nbs/05c_runs.ipynb #21359a9a
 class Stopped(KeyboardInterrupt):
     "Training was stopped by a signal, and has saved its state"
     def __init__(self, msg, signum):
@@ -214,7 +214,7 @@ class PoliteSignals:
     def __exit__(self, *_):
         for s,h in self.old.items(): signal.signal(s, h)
 
-# %% ../nbs/05c_runs.ipynb #e4f0b783
+# %% ../nbs/05c_runs.ipynb #27bd80be
 class _Surviving:
     "A stream that drops what can no longer be written"
     def __init__(self, stream): self.stream = stream

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['step_seed', 'Step', 'recompute_blocks']
 
-# %% ../nbs/05e_step.ipynb #d1423ed0
+# %% ../nbs/05e_step.ipynb #651d8837
 import hashlib, math, torch
 from contextlib import contextmanager, nullcontext
 from inspect import signature
@@ -25,7 +25,7 @@ def step_seed(
     named = hashlib.sha256(f'{seed} {step} {k}'.encode())
     return int.from_bytes(named.digest()[:8], 'little') >> 1
 
-# %% ../nbs/05e_step.ipynb #5e2c8797
+# %% ../nbs/05e_step.ipynb #10845e5e
 def _precision(device):
     "bfloat16 for what allows it, on CUDA"
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type=='cuda')
@@ -107,7 +107,7 @@ class Step:
         mark()
         return logs
 
-# %% ../nbs/05e_step.ipynb #cafa90f7
+# %% ../nbs/05e_step.ipynb #f45a3412
 def _recomputed(f, inside):
     "`f`, or `f` computed twice if it is not already inside of one that is"
     def noted(*args, **kw):

@@ -18,7 +18,8 @@ default_cfgs = generate_default_cfgs({f'mixmim_{k}': _cfg for k in ('base', 'lar
 # %% ../nbs/13b_timm_models.ipynb #0000000b
 def _mixmim(size, pretrained, kwargs):
     "timm's way to a model, with the sizes of a preset"
-    from mim_nb.mixmim import MixMIM, MixMIMEncoder, mixmim_filter
+    from mim_nb.mixmim import MixMIM
+    from mim_nb.mixmim_encoder import MixMIMEncoder, mixmim_filter
     sizes = {k: MixMIM.presets[size][k] for k in ('embed_dim', 'depths')}
     args = sizes | kwargs
     features = dict(out_indices=tuple(range(len(args['depths']))), feature_cls='getter')

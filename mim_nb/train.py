@@ -12,15 +12,13 @@ from dataclasses import asdict, dataclass, fields, replace
 from torch import nn
 from fastprogress.fastprogress import progress_bar
 from timm.optim import param_groups_weight_decay
-import mim_nb.data as image_sets
 from .arguments import check_number, check_whole, nearest
-from .data import ImageSet, batches, steps_per_epoch
-from .files import digest, write_json, write_weights, write_whole
+from .data import fingerprint
+from .images import batches, steps_per_epoch
 from .ranks import agree, get_device, of_all, ranks, slices
 from .runlog import RunLog
-from .runs import (PoliteSignals, Stopped, load_ckpt, read_log, resume_run, save_ckpt,
-                         start_run, surviving_output)
-from .step import Step, recompute_blocks, step_seed
+from .runs import PoliteSignals, Stopped, resume_run, save_ckpt, start_run, surviving_output
+from .step import Step, recompute_blocks
 
 # %% ../nbs/06_train.ipynb #00000008
 def lr_at(
@@ -45,7 +43,7 @@ def param_groups(
     spared = [n for n,_ in m.named_parameters() if n.split('.')[-1] in no_decay]
     return param_groups_weight_decay(m, weight_decay, no_weight_decay_list=spared)
 
-# %% ../nbs/06_train.ipynb #d2dc4654
+# %% ../nbs/06_train.ipynb #ad38854f
 @dataclass(frozen=True)
 class Recipe:
     "How to train: what the table in the appendix of a paper lists"
@@ -78,18 +76,11 @@ class Recipe:
             if k not in known: raise nearest(k, known, 'setting of a recipe')
         return replace(given, **changes) if isinstance(given, cls) else cls(given, **changes)
 
-# %% ../nbs/06_train.ipynb #dc9c5851
-def _digest_of(data):
-    "A digest of the images of a set that is in memory"
-    if not isinstance(data, ImageSet): return
-    parts = [data.images] if data.labels is None else [data.images, data.labels]
-    return digest(b''.join(p.cpu().contiguous().numpy().tobytes() for p in parts))
-
+# %% ../nbs/06_train.ipynb #3af690ed
 def _settings(m, data, recipe, kept, **others):
     "What must be the same when a run is resumed, and on all ranks: plain values"
-    fingerprint = getattr(image_sets, 'fingerprint', _digest_of)
-    print_of = fingerprint(getattr(data, 'data', data)) if kept else None
-    return dict(asdict(recipe), model=type(m).__name__, images=len(data), fingerprint=print_of,
+    held = fingerprint(getattr(data, 'data', data)) if kept else None
+    return dict(asdict(recipe), model=type(m).__name__, images=len(data), fingerprint=held,
                 betas=list(recipe.betas), **others)
 
 def _adamw(m, recipe, device):

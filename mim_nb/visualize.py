@@ -8,21 +8,20 @@ __all__ = ['figures', 'mim_show_cli', 'Run', 'RunFigure', 'figure_bytes', 'save_
 # %% ../nbs/15_visualize.ipynb #00000003
 import io, torch, matplotlib.pyplot as plt
 from functools import cached_property
-from inspect import signature
 from pathlib import Path
 from typing import Callable, NamedTuple
 from . import timm_models        # timm then knows MixMIM's encoder
-from .arguments import check_whole, nearest, one_or_pair
-from mim_nb.attention_heads import (attention_distance, attention_diversity, attention_entropy,
-    attention_maps, attention_stats, encoder_and_images, layer_index, plot_attention_stats,
-    show_attention)
+from .arguments import check_whole, nearest
+from .attention_heads import (attention_stats, encoder_and_images, layer_index,
+                                    plot_attention_stats, show_attention)
 from .augment import resize
 from .cli import command
-from .data import load_data, load_like, plot_style, sample
+from .data import load_like, sample
+from .encoders import square_or_pair
 from .files import write_whole
 from .folders import encoder_folder, load_folder
-from mim_nb.pictures import (feature_pca, neighbours, plot_curves, show_neighbours, show_pca,
-    show_pictures)
+from .pictures import plot_curves, show_neighbours, show_pca, show_pictures
+from .plots import plot_style
 from .ranks import get_device
 from .runconfig import build_method, data_of, read_config, teacher_of
 from .runs import find_ckpts, load_ckpt
@@ -94,13 +93,13 @@ class Run:
         "At most 2000 of the run's test images, evenly spaced, as the encoder takes them"
         m,given = self.untrained,self.given['data']
         name = data_of(self.folder, self.config, given)
-        allowed = given is not None and 'allow_remote' in signature(load_data).parameters
-        more = dict(allow_remote=True) if allowed else {}
-        return sample(load_like(name, 'test', one_or_pair(m.img_size), m.in_chans, **more), 2000)
+        images = load_like(name, 'test', square_or_pair(m.img_size), m.in_chans,
+                           allow_remote=given is not None)
+        return sample(images, 2000)
 
     def images(self, n):
         "The first `n` of them, float in [0,1], on the device"
-        return resize(self.data.images[:n].to(self.device), one_or_pair(self.untrained.img_size))
+        return resize(self.data.images[:n].to(self.device), square_or_pair(self.untrained.img_size))
 
 # %% ../nbs/15_visualize.ipynb #0000004b
 def _draw_pictures(run, others, layer, fig):

@@ -6,7 +6,8 @@ from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 from mim_nb import authors_tokenizers as at, pickles
-from mim_nb.authors_tokenizers import DalleTokenizer, PublishedTokenizer, VQGANTokenizer, read_pickled
+from mim_nb.authors_tokenizers import DalleTokenizer, PublishedTokenizer, VQGANTokenizer
+from mim_nb.pickles import read_pickled
 from mim_nb.beit import BEiT
 
 PARITY = Path(__file__).parent/'parity'
@@ -162,7 +163,7 @@ def test_a_process_that_reads_an_evil_file_starts_nothing(tmp_path):
     torch.save(dict(w=torch.ones(2), x=Evil(tmp_path/'pwned')), tmp_path/'evil.ckpt')
     code = '''
 import sys, torch
-from mim_nb.authors_tokenizers import read_pickled
+from mim_nb.pickles import read_pickled
 from pathlib import Path
 path = Path(sys.argv[1]); read_pickled(path)                  # once, so that whatever is imported lazily is there
 seen = []

@@ -1,5 +1,5 @@
 "Published weights in, timm and Hugging Face out: every key, every bad file, and the reference's numbers through exported folders"
-import json, subprocess, sys, types, warnings
+import json, random, resource, struct, subprocess, sys, time, types, warnings, zipfile
 from pathlib import Path
 import pytest, timm, torch
 from hypothesis import given, settings, strategies as st
@@ -8,9 +8,10 @@ from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
 from timm.models.beit import Beit
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
-from mim_nb import checkpoints as ck
-from mim_nb.checkpoints import Loaded, build, load_official, looks_like, read_weights, save_encoder, translate, unwrap, write_folder
-from mim_nb.convert import mim_convert, mim_convert_cli, push_to_hub, save_transformers
+from mim_nb.checkpoints import build, load_official, looks_like, translate
+from mim_nb.pickles import read_weights, unwrap
+from mim_nb.convert import mim_convert_cli, push_to_hub, save_transformers
+from mim_nb.exports import save_encoder
 from mim_nb.methods import create, get_method, methods
 from mim_nb.tokenizers import DVAE
 
@@ -117,7 +118,7 @@ def test_other_precisions(dtype):
     sd = {k: v.to(dtype) if v.is_floating_point() else v for k,v in WEIGHTS['beit'].items()}
     m = quiet('beit', sd, **PLAIN)
     assert all(p.dtype==torch.float32 for p in m.parameters())
-    with torch.no_grad(): assert close(m.encode(FIX['beit']['in/images'], FIX['beit']['in/bool_masked_pos']), FIX['beit']['out/features'], {torch.float16: 1e-2, torch.bfloat16: 5e-2}.get(dtype, 1e-5))
+    with torch.no_grad(): assert close(m.encode(FIX['beit']['in/images'], m.as_mask(FIX['beit']['in/bool_masked_pos'])), FIX['beit']['out/features'], {torch.float16: 1e-2, torch.bfloat16: 5e-2}.get(dtype, 1e-5))
     if dtype!=torch.float64:
         with pytest.warns(UserWarning, match=f"stored in {str(dtype)[6:]}, and widened to float32, which adds no precision"): load_official('beit', sd)
 
@@ -203,6 +204,142 @@ def test_nothing_in_a_file_runs(tmp_path, legacy):
     m = quiet('beit', tmp_path/'evil.pth')
     assert m.loaded.ok and not (tmp_path/'pwned').exists()
 
+# Files made to do harm
+
+def sentence(f, match=''):
+    "One sentence, soon and without taking memory"
+    start,before = time.perf_counter(),resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises((ValueError, OSError), match=match) as e: f()
+    assert len(str(e.value).splitlines())==1 and time.perf_counter()-start<30
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss-before < 300_000           # kB
+
+def archive(path, pkl, compress=zipfile.ZIP_STORED, **records):
+    "A zip archive as torch.save makes it, with this pickle"
+    with zipfile.ZipFile(path, 'w', compress) as z:
+        z.writestr('archive/data.pkl', pkl)
+        for k,v in records.items(): z.writestr(f'archive/data/{k}', v)
+    return path
+
+def tensor(shape, strides, numel=1, offset=0, key='0', dtype='Float'):
+    "The pickle of one tensor"
+    numbers = lambda ns: b'(' + b''.join(b'I%d\n' % n for n in ns) + b't'
+    return (b"ctorch._utils\n_rebuild_tensor_v2\n((S'storage'\nctorch\n%sStorage\nS'%s'\nS'cpu'\nI%d\ntQI%d\n" % (dtype.encode(), key.encode(), numel, offset)
+            + numbers(shape) + numbers(strides) + b'tR')
+
+def in_dict(*values): return b'}' + b''.join(b"S'w%d'\n" % i + v + b's' for i,v in enumerate(values)) + b'.'
+
+def test_wrappings_without_end(tmp_path):
+    loop = {'a': torch.ones(1)}; loop['model'] = loop
+    torch.save(loop, tmp_path/'loop.pth')
+    sentence(lambda: read_weights(tmp_path/'loop.pth'), 'holds itself')
+    deep = archive(tmp_path/'deep.pth', b'}S"model"\n'*10_000 + b'}S"a"\nI1\ns' + b's'*10_000 + b'.')
+    sentence(lambda: read_weights(deep), 'wrapped more than 10 times')
+
+@pytest.mark.parametrize('o', [{0: torch.ones(1)}, {None: torch.ones(1), (1,2): torch.ones(2)}, {'model': {3: torch.ones(1)}}, {'model': 3}, {'a': 1}, [], 3, 'text', None, torch.ones(3), {'a\nb': torch.ones(1)},
+    {'a': torch.ones(2).to_sparse()}, {'a': torch.ones(2, dtype=torch.complex64)}, {f'w{i}': torch.ones(1) for i in range(10_001)}], ids=range(14))
+def test_what_is_no_checkpoint(tmp_path, o):
+    torch.save(o, tmp_path/'f.pth')
+    sentence(lambda: load_official('beit', tmp_path/'f.pth'))
+    sentence(lambda: unwrap(o))
+
+@pytest.mark.parametrize('pkl', [in_dict(tensor([10**6,10**6], [0,0])), in_dict(tensor([1], [-1])), in_dict(tensor([1], [1], offset=-1)), in_dict(tensor([1], [1], offset=9)), in_dict(tensor([-1], [1])),
+    in_dict(tensor([2], [1])), in_dict(tensor([1], [1], numel=-1)), in_dict(tensor([1], [1], numel=10**15)), in_dict(tensor([1], [1], key='none')), in_dict(tensor([1], [1], key='../../etc/passwd')),
+    in_dict(tensor([2**62]*3, [0]*3)), in_dict(tensor([1], [1], dtype='Nonsense')), b'', b'.', b'}', b'(', b'R.', b'\x80\xff.', b'}r\xff\xff\xff\xff.', b'}p99999999999\n.', b'\x80\x05\x96' + bytes([255]*7 + [127]) + b'.',
+    b'\x80\x04\x8e' + bytes([255]*7 + [127]) + b'.', b'\x80\x04\x95' + bytes([255]*7 + [127]) + b'}.', b'I' + b'9'*100_000 + b'\n.', b'('*1_000_000 + b'.', b'\x80\x02\x8b\xff\xff\xff\x7f.'], ids=range(26))
+def test_pickles_that_lie(tmp_path, pkl):
+    "Shapes, strides and lengths that are not so"
+    sentence(lambda: read_weights(archive(tmp_path/'f.pth', pkl, **{'0': bytes(4)})))
+
+def test_the_same_numbers_many_times(tmp_path):
+    many = in_dict(*[tensor([10_000], [1], numel=10_000) for _ in range(2000)])
+    sentence(lambda: read_weights(archive(tmp_path/'f.pth', many, **{'0': bytes(40_000)})), 'under many names')
+
+def test_tuples_of_tuples(tmp_path):
+    "Hashing such a key would take longer than a life"
+    tuples = b'I0\nq\x00' + b''.join(b'0h' + bytes([i]) + b'h' + bytes([i]) + b'\x86q' + bytes([i+1]) for i in range(60))
+    for use in (b'0}h\x3cI1\ns.', b'0(h\x3cI1\nd.', b'0}(h\x3cI1\nu.', b'0(h\x3c\x91.', b'0\x8f(h\x3c\x90.', b'0ccollections\nOrderedDict\n((h\x3cI1\ntttR.'):
+        sentence(lambda: read_weights(archive(tmp_path/'f.pth', b'\x80\x04' + tuples + use)))
+
+def test_zip_bombs(tmp_path):
+    sentence(lambda: read_weights(archive(tmp_path/'f.pth', in_dict(tensor([1], [1])), zipfile.ZIP_DEFLATED, **{'0': bytes(50_000_000)})), 'compressed')
+    good = archive(tmp_path/'g.pth', in_dict(tensor([1000], [1], numel=1000)), **{'0': bytes(4000)})
+    with zipfile.ZipFile(good, 'a') as z:
+        for i in range(50):                                                 # entries of the list that point to the same record
+            info = zipfile.ZipInfo(f'archive/data/{i+1}')
+            for k in ('header_offset', 'file_size', 'compress_size', 'CRC', 'compress_type'): setattr(info, k, getattr(z.getinfo('archive/data/0'), k))
+            z.filelist.append(info); z.NameToInfo[info.filename] = info
+        z._didModify = True
+    sentence(lambda: read_weights(good), 'overlap')
+
+def test_modules_that_hold_each_other(tmp_path):
+    class M(torch.nn.Module): pass
+    m = torch.nn.Module(); m.a = torch.nn.Parameter(torch.ones(1))
+    m._modules['x'] = m._modules['y'] = m
+    torch.save(m, tmp_path/'m.pkl')
+    sentence(lambda: read_weights(tmp_path/'m.pkl'), 'without end')
+
+def test_every_flipped_bit_in_the_records_of_an_archive(tmp_path):
+    "1,000 bits and 100 pages: the numbers are as before, or the file is refused"
+    weights = {k: v for k,v in WEIGHTS['mae'].items() if k.startswith('blocks.0')}
+    torch.save(weights, tmp_path/'f.pth')
+    original,rng,noticed = (tmp_path/'f.pth').read_bytes(),random.Random(0),0
+    for i in range(1100):
+        data = bytearray(original); at = rng.randrange(len(data))
+        if i<1000: data[at] ^= 1<<rng.randrange(8)
+        else: page = at//4096*4096; data[page:page+4096] = bytes(len(data[page:page+4096]))
+        (tmp_path/'g.pth').write_bytes(data)
+        try: w = read_weights(tmp_path/'g.pth')
+        except ValueError as e: noticed += 1
+        else: assert w.keys()==weights.keys() and all(torch.equal(v, weights[k]) for k,v in w.items()), (i, at)
+    assert noticed>900                                                      # the others hit the padding between two records
+
+def test_safetensors_that_lie(tmp_path):
+    def write(header, data=b''): (tmp_path/'f.safetensors').write_bytes(struct.pack('<Q', len(header)) + header + data)
+    for header in (b'{"a":{"dtype":"F32","shape":[1000000,1000000],"data_offsets":[0,4]}}', b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,400]}}', b'{"a":{"dtype":"X","shape":[1],"data_offsets":[0,4]}}',
+                   b'{"a":{"dtype":"F32","shape":[-1],"data_offsets":[0,4]}}', b'{}', b'{', b'{"a":1}', b'{"__metadata__":{"a":"b"}}', b'{"a":'*10_000):
+        write(header, bytes(4))
+        sentence(lambda: load_official('beit', tmp_path/'f.safetensors'))
+    (tmp_path/'f.safetensors').write_bytes(struct.pack('<Q', 2**62) + b'{}')
+    sentence(lambda: read_weights(tmp_path/'f.safetensors'))
+
+def test_shapes_out_of_proportion(tmp_path):
+    "A table of few bytes may ask for an index that is its square, and a width of nothing for matrices of a billion"
+    sd = encoder_only('beit')
+    table = torch.zeros((2*600-1)**2+3, 1)
+    big = {k: (table if k.endswith('bias_table') else v) for k,v in sd.items()}
+    sentence(lambda: quiet('beit', big), 'too long|out of proportion')
+    flat = {**sd, 'patch_embed.proj.weight': torch.ones(10**8, 0, 16, 16)}
+    sentence(lambda: quiet('beit', flat))
+    deep = {**sd, **{f'blocks.{i}.gamma_1': torch.ones(64) for i in range(3, 5000)}}
+    sentence(lambda: quiet('beit', deep))
+
+# Heads
+
+def test_heads_that_nobody_told():
+    with pytest.warns(UserWarning, match=r'1 head assumed: width / 64; \d heads? of the decoder assumed: width / 32'): m = load_official('mae', WEIGHTS['mae'])
+    assert m.loaded.assumed and '1 head assumed' in str(m.loaded)
+    assert quiet('mae', WEIGHTS['mae'], num_heads=4, decoder_heads=4).loaded.assumed==()
+    assert quiet('beit', WEIGHTS['beit']).loaded.assumed==()                # its bias table tells
+
+@pytest.mark.parametrize('name', methods)
+@pytest.mark.parametrize('by', ['file', 'folder', 'run'])
+def test_our_own_export_tells_its_heads(name, by, tmp_path):
+    "Also windows, and how images were normalised"
+    torch.manual_seed(0)
+    m,x = create(name, mean=.3, std=.2).eval(),torch.rand(2,1,28,28)
+    save_encoder(m, tmp_path/'run'/'encoder')
+    back = quiet(name, tmp_path/dict(file='run/encoder/model.safetensors', folder='run/encoder', run='run')[by])
+    with torch.no_grad(): a,b = back.encoder.forward_features(back.normalize(x)),m.encoder.forward_features(m.normalize(x))
+    assert close(a, b)
+    assert back.loaded.assumed==()
+
+def test_an_export_of_another_method(tmp_path):
+    save_encoder(create('mixmim'), tmp_path/'e')
+    sentence(lambda: load_official('mae', tmp_path/'e'), 'holds an encoder that mae cannot take')
+    save_encoder(create('mae'), tmp_path/'f')
+    (tmp_path/'f'/'config.json').write_text('{"architecture": ')
+    sentence(lambda: load_official('mae', tmp_path/'f'/'model.safetensors'), 'SHA256SUMS|config.json')
+
 # Out
 
 PROCESS = '''
@@ -242,9 +379,10 @@ def test_plain_timm_gives_the_reference_s_features(folders):
 
 def test_mixmim_through_timm(folders, models):
     m = models['mixmim']; before = m.encoder
+    cells = FIX['mixmim']['out/mask_s4'].flatten().bool()
     try:
         m.encoder = timm.create_model(f"local-dir:{folders/'mixmim'}", pretrained=True).eval()
-        with torch.no_grad(): z = m.encode(FIX['mixmim']['in/images'], ~FIX['mixmim']['out/mask_s4'].flatten().bool()), m.encode(FIX['mixmim']['in/images'], FIX['mixmim']['out/mask_s4'].flatten().bool())
+        with torch.no_grad(): z = [m.encode(FIX['mixmim']['in/images'], m.as_mask(c)) for c in (~cells, cells)]
     finally: m.encoder = before
     assert any(close(t.reshape(FIX['mixmim']['out/z'].shape), FIX['mixmim']['out/z']) for t in z)
 
@@ -307,6 +445,51 @@ def test_convert_says_what_is_wrong(tmp_path, monkeypatch, capsys, args, message
     monkeypatch.chdir(tmp_path); torch.save(WEIGHTS['beit'], 'f.pth'); torch.save(WEIGHTS['saim'], 's.pth')
     code,out,err = command(monkeypatch, capsys, *args)
     assert code==1 and message in err and len(err.strip().splitlines())==1 and not Path('out').exists()
+
+HOSTILE = [dict(mean='nan'), dict(std='0'), dict(std='-1'), dict(std='inf'), dict(mean='inf'), dict(heads='-3'), dict(heads='0'), dict(heads='5'), dict(heads='99999999999'), dict(size='0'), dict(size='-64'),
+    dict(size='1000000'), dict(size='65536'), dict(size='30'), dict(push='nobody'), dict(push='a/b/c'), dict(push='../x'), dict(format='transformers', size='0')]
+
+@pytest.mark.parametrize('flags', HOSTILE, ids=str)
+def test_convert_with_odd_flags(tmp_path, monkeypatch, capsys, flags):
+    "One sentence, fast, nothing left"
+    monkeypatch.chdir(tmp_path); torch.save(WEIGHTS['mae'], 'f.pth')
+    start = time.perf_counter()
+    code,out,err = command(monkeypatch, capsys, 'f.pth', 'mae', 'out', *[w for k,v in flags.items() for w in (f'--{k}={v}',)])
+    assert code==1 and len(err.strip().splitlines())==1 and time.perf_counter()-start<10
+    assert [p.name for p in tmp_path.iterdir()]==['f.pth']
+
+def test_convert_writes_nothing_over_what_it_reads(tmp_path, monkeypatch, capsys):
+    save_encoder(create('mae'), tmp_path/'run'/'encoder'); torch.save(WEIGHTS['mae'], tmp_path/'f.pth')
+    before = {p: p.read_bytes() for p in tmp_path.rglob('*') if p.is_file()}
+    file = tmp_path/'run'/'encoder'/'model.safetensors'
+    for source,out in ((file, tmp_path/'run'/'encoder'), (file, tmp_path/'run'/'encoder'/'new'), (tmp_path/'run', tmp_path/'run'/'encoder'), (tmp_path/'run', tmp_path/'run'/'encoder'/'x'), (tmp_path/'run', tmp_path/'run'),
+                       (tmp_path/'f.pth', tmp_path), (tmp_path/'f.pth', tmp_path/'f.pth'), (file, file)):
+        code,_,err = command(monkeypatch, capsys, source, 'mae', out)
+        assert code==1 and len(err.strip().splitlines())==1, (source, out)
+    assert before=={p: p.read_bytes() for p in tmp_path.rglob('*') if p.is_file()}
+
+def test_push_without_a_network(folders, tmp_path, monkeypatch, capsys):
+    "The folder is complete, and the sentence says how to go on"
+    import socket
+    def refuse(*args, **kw): raise OSError('Network is unreachable')
+    monkeypatch.setattr(socket, 'create_connection', refuse); monkeypatch.setattr(socket.socket, 'connect', refuse); monkeypatch.setattr(socket, 'getaddrinfo', refuse)
+    monkeypatch.chdir(tmp_path); torch.save(WEIGHTS['mae'], 'f.pth')
+    code,out,err = command(monkeypatch, capsys, 'f.pth', 'mae', 'out', '--push', 'you/encoder')
+    assert code==1 and 'out could not be uploaded to you/encoder' in err and 'push_to_hub' in err and len(err.strip().splitlines())==1
+    assert (tmp_path/'out'/'model.safetensors').exists()
+
+def test_push_without_the_package(tmp_path, monkeypatch, capsys):
+    "Said before anything is read"
+    from mim_nb import convert
+    find = convert.importlib.util.find_spec
+    monkeypatch.setattr(convert.importlib.util, 'find_spec', lambda name: None if name=='huggingface_hub' else find(name))
+    code,_,err = command(monkeypatch, capsys, tmp_path/'none.pth', 'mae', tmp_path/'out', '--push', 'you/encoder')
+    assert code==1 and 'pip install huggingface_hub' in err
+
+def test_transformers_takes_squares(tmp_path):
+    for kw in (dict(img_size=(28, 20)), dict(img_size=(28, 56), patch_size=(2, 4))):
+        with pytest.raises(ValueError, match='square images and patches only'): save_transformers(create('mae', **kw), tmp_path/'out')
+    assert not (tmp_path/'out').exists()
 
 def test_convert_is_installed(): assert any('mim_convert=mim_nb.convert:mim_convert_cli' in l for l in (Path(__file__).parents[1]/'settings.ini').read_text().splitlines())
 

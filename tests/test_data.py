@@ -5,8 +5,9 @@ import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 import mim_nb.data as data, mim_nb.images as images, mim_nb.named_sets as named
-from mim_nb.data import (Clothes, Folder, ImageSet, LazySet, batch_indices, batches, load_data, plot_style, show_images,
-                         steps_per_epoch, to_square)
+from mim_nb.data import Clothes, Folder, ImageSet, LazySet, batch_indices, batches, load_data, steps_per_epoch
+from mim_nb.plots import plot_style, show_images
+from mim_nb.decode import to_square
 
 ROOT = Path(__file__).parents[1]
 few = settings(max_examples=40, deadline=None)

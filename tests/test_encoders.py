@@ -5,7 +5,7 @@ import pytest, timm, torch
 from hypothesis import given, settings, strategies as st
 from timm.models.vision_transformer import VisionTransformer
 from mim_nb.beit import BEiT
-from mim_nb.checkpoints import save_encoder
+from mim_nb.exports import save_encoder
 from mim_nb.encoders import export_vit, sincos_vit, xavier_init
 from mim_nb.mim import MIM
 from mim_nb.patches import sincos_pos_embed

@@ -8,9 +8,9 @@ from mim_nb.checkpoints import save_encoder
 from mim_nb.data import ImageSet, LazySet, Clothes, load_data
 from mim_nb.evaluate import (Classifier, evaluate_layers, features, finetune, knn, layer_features, load_encoder, mim_evaluate,
                              mim_evaluate_cli, split)
-from mim_nb.finetune import Distorted
+from mim_nb.distort import Distorted
 from mim_nb.methods import create, methods
-from mim_nb.train import Stopped
+from mim_nb.runs import Stopped
 
 SMALL = dict(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2)
 FAST = dict(epochs=1, warmup_epochs=0, batch_size=16, device='cpu', bar=False)

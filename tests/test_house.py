@@ -34,23 +34,31 @@ def test_a_module_is_at_most_250_lines(module):
 @pytest.mark.parametrize('module', MODULES)
 def test_a_module_uses_earlier_chapters_only(module):
     order = list(chapters())
-    later = {other for other,_ in uses(module) if order.index(other)>order.index(module)}
+    later = {other for other,_ in uses(module) if order.index(other)>order.index(module)} - {'methods'}
     if module=='timm_models': later -= {'mixmim', 'mixmim_encoder'}        # looked up when such a model is made
+    if module=='tokenizers': later -= {'authors_tokenizers'}               # the published ones have this address, too
     assert not later
+
+def test_imports_go_in_no_circle():
+    ahead = {m: {other for other,_ in uses(m)} for m in MODULES}
+    while free := [m for m,needs in ahead.items() if not needs & ahead.keys()]:
+        for m in free: del ahead[m]
+    assert ahead.keys() <= {'timm_models', 'mixmim', 'mixmim_encoder'}
 
 @pytest.mark.parametrize('module', MODULES)
 def test_no_private_name_crosses_modules(module):
     assert [n for _,names in uses(module) for n in names if n[0]=='_']==[]
 
 def test_one_name_is_one_thing():
-    "A public name means the same object everywhere, and never a module's name as well"
-    meaning = {}
+    "A public name means the same object everywhere, and no other module has that name"
+    meaning,clash = {},set()
     for m in MODULES:
         module = importlib.import_module(f'mim_nb.{m}')
-        for n in getattr(module, '__all__', []): meaning.setdefault(n, {})[id(getattr(module, n))] = m
-    twice = {n: sorted(ms.values()) for n,ms in meaning.items() if len(ms)>1}
-    clash = {n for n in meaning if n in MODULES and n not in ('methods',)}
-    assert not twice and not clash
+        for n in getattr(module, '__all__', []):
+            o = getattr(module, n)
+            meaning.setdefault(n, {})[id(o)] = m
+            if n in MODULES and n not in ('methods', 'evaluate') and getattr(o, '__module__', '')!=f'mim_nb.{n}': clash.add((m, n))
+    assert not {n: sorted(ms.values()) for n,ms in meaning.items() if len(ms)>1} and not clash
 
 def test_what_is_imported_is_declared():
     cfg = ConfigParser(delimiters=['='])

@@ -10,7 +10,8 @@ from mim_nb.checkpoints import load_official, official_name, save_encoder
 from mim_nb.evaluate import features, load_encoder
 from mim_nb.mim import leak
 import mim_nb.timm_models
-from mim_nb.mixmim import MixMIM, mixed_attention, stage_grids, stage_masks, stage_windows
+from mim_nb.mixmim import MixMIM, mixed_attention, stage_masks
+from mim_nb.mixmim_encoder import stage_grids, stage_windows
 from mim_nb.methods import create
 from mim_nb.pretrain import mim_pretrain
 

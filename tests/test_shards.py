@@ -5,10 +5,14 @@ import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 import mim_nb.data as data, mim_nb.images as images, mim_nb.named_sets as named
-from mim_nb.data import Folder, ImageSet, LazySet, Strings, batch_indices, batches, load_data, open_image, sample, to_square
+from mim_nb.data import Folder, ImageSet, LazySet, batch_indices, batches, load_data, sample
+from mim_nb.lazy import Strings
+from mim_nb.decode import open_image, to_square
 from mim_nb.mim import MIMOut
 from mim_nb.pretrain import mim_pretrain
-from mim_nb.shards import Shards, StreamSet, expand, is_shards, loading_speed, read_headers, scan, write_shards
+from mim_nb.shards import Shards, is_shards
+from mim_nb.streams import StreamSet, loading_speed
+from mim_nb.tars import expand, read_headers, scan, write_shards
 from mim_nb.train import fit
 
 few = settings(max_examples=30, deadline=None)

@@ -9,7 +9,10 @@ from mim_nb.methods import create
 from mim_nb.runs import _write_ckpt
 from mim_nb.step import Step
 from mim_nb.tokenizers import DVAE
-from mim_nb.train import Stopped, fit, load_ckpt, lr_at, param_groups, read_log, recompute_blocks, save_ckpt, step_seed, write_whole
+from mim_nb.runs import Stopped, load_ckpt, read_log, save_ckpt
+from mim_nb.train import fit, lr_at, param_groups
+from mim_nb.step import recompute_blocks, step_seed
+from mim_nb.files import write_whole
 
 @given(steps=st.integers(1, 5000), warm=st.floats(0, 1), lr=st.floats(1e-6, 1), low=st.floats(0, 1))
 def test_learning_rate_stays_in_bounds(steps, warm, lr, low):

@@ -1,7 +1,8 @@
 "Gather finished runs into one small JSON file that a notebook can plot: collect.py results/NAME.json 'COMMAND' RUN [RUN …]"
 import json, sys
 from pathlib import Path
-from mim_nb.train import read_log, write_json
+from mim_nb.runs import read_log
+from mim_nb.files import write_json
 
 def summary(run):
     "Settings, measurements and every fifth line of the log of one run"

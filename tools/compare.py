@@ -15,8 +15,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from mim_nb.data import load_data
 from mim_nb.evaluate import evaluate_layers, finetune, load_encoder, split
 from mim_nb.methods import create, methods
-from mim_nb.pretrain import get_tokenizer, machine, pretrain, settings
-from mim_nb.train import get_device, read_log, write_json
+from mim_nb.beit import get_tokenizer
+from mim_nb.pretrain import machine, pretrain, settings
+from mim_nb.ranks import get_device
+from mim_nb.runs import read_log
+from mim_nb.files import write_json
 
 # the methods' preset, epochs of pretraining, the recipe of fine-tuning, its epochs by the share of the labels, and where a model differs from its preset
 _tiny = dict(preset='tiny', data='fashion_mnist', epochs=4, recipe='tiny', finetune={'1': 2, '.1': 10, '.01': 30}, model={})

@@ -10,8 +10,10 @@ from mim_nb.deepmim import DeepMIM
 from mim_nb.evaluate import evaluate_layers
 from mim_nb.mae import MAE
 from mim_nb.pretrain import machine
-from mim_nb.train import fit, get_device, write_json
-from mim_nb.visualize import attention_stats
+from mim_nb.train import fit
+from mim_nb.ranks import get_device
+from mim_nb.files import write_json
+from mim_nb.attention_heads import attention_stats
 
 classes = dict(mae=MAE, deepmim=DeepMIM)
 

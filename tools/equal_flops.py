@@ -15,7 +15,8 @@ from mim_nb.mae import MAE
 from mim_nb.mixmim import MixMIM
 from mim_nb.pretrain import machine
 from mim_nb.tokenizers import load_tokenizer
-from mim_nb.train import fit, write_json
+from mim_nb.train import fit
+from mim_nb.files import write_json
 
 methods,epochs = dict(mixmim=MixMIM, mae=MAE, beit=BEiT),2
 

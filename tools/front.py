@@ -9,7 +9,7 @@ import numpy as np, torch
 from mim_nb.data import fashion_classes, load_data
 from mim_nb.patches import patchify, unpatchify
 from mim_nb.pretrain import machine, pretrain, settings
-from mim_nb.train import read_log
+from mim_nb.runs import read_log
 from mim_nb.visualize import Run
 
 ROOT = Path(__file__).parents[1]
@@ -51,7 +51,7 @@ def only(m, visible, image):
 
 def rows(m, name, pair, seed):
     "What is hidden of the first image, what the encoder sees, and what is predicted"
-    image,mask = pair[0],m.sample_mask(2, torch.Generator().manual_seed(seed))
+    image,mask = pair[0],m.sample_mask(2, torch.Generator().manual_seed(seed)).tensor
     predicted,mine = m.reconstruct(pair, mask)[0],mask[0]
     if name=='saim':
         turn = mine.argsort()/m.num_patches

@@ -3,14 +3,14 @@
 Each measurement is a process of its own; `more_mb` is what a whole step, or the head and the loss alone, need beyond model, images and the tokenizer's logits."""
 import argparse, json, resource, subprocess, sys, time, torch
 from mim_nb.mcbeit import McBEiT, refine
-from mim_nb.train import write_json
+from mim_nb.files import write_json
 
 class Plain(McBEiT):
     "The same loss, with logits and a refined target at every place"
     def decode(self, z, mask): return self.head(z[:,1:])
     def loss(self, pred, target, mask, z):
         t = refine((target/self.tau).softmax(-1), z[:,1:], self.omega, self.tau_sim)
-        return -(t*pred.log_softmax(-1)).sum(-1)[mask].mean()
+        return -(t*pred.log_softmax(-1)).sum(-1)[mask.hidden].mean()
     def logs(self, pred, target, mask): return {}
 
 versions = {'hidden places only': McBEiT, 'all logits and the target': Plain}

@@ -6,7 +6,7 @@ idler meanwhile does so for all of them. Memory: `saved_mb` is what autograd kee
 import argparse, json, math, subprocess, sys, time, torch, torch.nn.functional as F
 from mim_nb.attention import attend, attention_weights
 from mim_nb.saim import SAIM
-from mim_nb.train import write_json
+from mim_nb.files import write_json
 from mcbeit_memory import peak
 
 class Masked(SAIM):
@@ -25,7 +25,7 @@ class Masked(SAIM):
         return content,query[:,:,1:]
 
     def encode(self, x, mask):
-        e,(content,query) = self.encoder,self.masks(mask)
+        e,(content,query) = self.encoder,self.masks(mask.order)
         h = torch.cat([e.cls_token.expand(len(x), -1, -1), e.patch_embed(x)], 1)+e.pos_embed
         g = e.pos_embed[:,1:].expand(len(x), -1, -1)
         step = len(e.blocks)//self.query_depth

@@ -5,7 +5,8 @@ import argparse, json, torch
 from pathlib import Path
 from collect import summary
 from mim_nb.pretrain import pretrain, settings
-from mim_nb.train import read_log, write_json
+from mim_nb.runs import read_log
+from mim_nb.files import write_json
 from mim_nb.visualize import Run
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from PIL import Image
 SIZE = 200,120                                # pixels
 CHOSEN = {'00b_augment': 4, '00c_shards': 1, '02_masks': 1, '02b_playground': ('02_masks', 4), '03_attention': 3, '04_encoders': 1, '05_mim': 2,
           '07_tokenizers': 4, '07b_authors_tokenizers': 2, '08_beit': 4, '09_mcbeit': 5, '10_mae': 3, '11_deepmim': 1, '13_mixmim': 1,
-          '14_probes': 1, '15_visualize': 5, '18_checkpoints': 2, '18b_convert': 1}     # which figure, from 0, where it is not the first; or another chapter's
+          '14_probes': 1, '14e_pictures': 3, '18_checkpoints': 2, '18b_convert': 1}     # which figure, from 0, where it is not the first; or another chapter's
 
 STYLE = """<style>
 ul.map { display: grid; grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr)); gap: 1.2rem 1rem; list-style: none; padding: 0 }

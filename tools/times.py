@@ -6,7 +6,7 @@ Tests compute on one thread. The times are those of the whole process, imports i
 import json, re, sys, torch
 from pathlib import Path
 from mim_nb.pretrain import machine
-from mim_nb.train import write_json
+from mim_nb.files import write_json
 
 OUT = Path(__file__).parents[1]/'results'/'notebook_times.json'
 
