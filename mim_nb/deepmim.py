@@ -71,6 +71,7 @@ def teacher_model(
     "A timm model to learn from"
     folder = encoder_folder(name)
     if folder: return load_folder(folder)
+    if str(name).startswith('local-dir:'): raise ValueError(f"there is no teacher {name!r}: a folder needs config.json and model.safetensors")
     try:
         if pretrained: return timm.create_model(name, pretrained=True)
         with torch.device('meta'): return timm.create_model(name)

@@ -156,9 +156,10 @@ def _aside(folder):
 def _read_sums(folder):
     "The list of digests: file name -> 64 hexadecimal digits"
     file = folder/_sums
-    try: lines = [_line.fullmatch(l) for l in file.read_text('utf-8').splitlines()]
-    except (OSError, ValueError): lines = []
-    if not lines or None in lines:
+    try: text = file.read_bytes().decode().removesuffix('\n')
+    except (OSError, ValueError): text = ''
+    lines = [_line.fullmatch(l) for l in text.split('\n')]
+    if None in lines:
         raise ValueError(f"{file} is damaged: it is no list of digests and file names; "
                          "fetch or export the folder again")
     return {l[2]: l[1] for l in lines}

@@ -51,7 +51,6 @@ def test_every_flipped_bit_and_zeroed_page_is_noticed(saved, tmp_path, name, loa
         f = list(originals)[i%3]
         data = bytearray(originals[f])
         at = rng.randrange(len(data))
-        if f.name=='SHA256SUMS' and data[at]==10: at -= 1              # another line end in a list of digests means the same
         if i<1000: data[at] ^= 1<<rng.randrange(8)
         else:
             page = at//4096*4096
