@@ -37,8 +37,7 @@ def errors_in_words(
     "Turn an error of the operating system into one sentence"
     try: yield
     except (OSError, RuntimeError) as e:
-        found = _os_error(e)
-        if found is None: raise
+        if (found := _os_error(e)) is None: raise
         why,remedy = _reason(found)
         told = OSError(f"{what}: {why}; {state}; {remedy}")
         told.errno = found.errno
@@ -155,12 +154,11 @@ def _aside(folder):
 
 def _read_sums(folder):
     "The list of digests: file name -> 64 hexadecimal digits"
-    file = folder/_sums
-    try: text = file.read_bytes().decode().removesuffix('\n')
+    try: text = (folder/_sums).read_bytes().decode().removesuffix('\n')
     except (OSError, ValueError): text = ''
     lines = [_line.fullmatch(l) for l in text.split('\n')]
     if None in lines:
-        raise ValueError(f"{file} is damaged: it is no list of digests and file names; "
+        raise ValueError(f"{folder/_sums} is damaged: it is no list of digests and file names; "
                          "fetch or export the folder again")
     return {l[2]: l[1] for l in lines}
 
@@ -169,6 +167,7 @@ def _ours(folder):
     found = {p.name for p in folder.iterdir()}
     with suppress(ValueError): return found<={_sums, *_read_sums(folder)}
     return not found
+
 def recover(
     folder, # a folder that `write_folder` writes
 ):
