@@ -80,9 +80,14 @@ def _lacks_memory(e):
     return (isinstance(e, MemoryError) or type(e).__name__=='OutOfMemoryError'
             or "can't allocate memory" in str(e))
 
+def _impossible_path(e):
+    "Whether pathlib could not make sense of a path: a link to itself, or the home of a stranger"
+    return isinstance(e, RuntimeError) and str(e).startswith(('Symlink loop', 'Could not determine home'))
+
 def _expected(e, f):
     "Whether an error can be told in one sentence"
     if isinstance(e, (OSError, ImportError)) or _lacks_memory(e): return True
+    if _impossible_path(e): return True
     if not isinstance(e, _sentences) or isinstance(e, _surprises): return False
     many = 'TORCHELASTIC_RUN_ID' in os.environ         # PyTorch then reports a lost neighbour
     return _on_purpose(e, f) or many and isinstance(e, RuntimeError)
@@ -142,7 +147,10 @@ def _arguments(f, first):
     "What the command line says, as keyword arguments of `f`"
     argv = sys.argv[1:]
     if first and argv and not argv[0].startswith('-'): argv = [f'--{first}', *argv]
-    args = vars(anno_parser(f, prog=f.__name__).parse_args(argv))
+    parser = anno_parser(f, prog=f.__name__)
+    refuse = parser.error                            # a value of 5,000 digits need not be read to its end
+    parser.error = lambda text: refuse(text if len(text)<=600 else f'{text[:600]} …')
+    args = vars(parser.parse_args(argv))
     return {k: v for k,v in args.items() if k not in ('pdb', 'xtra')}     # these two are fastcore's
 
 def _stopped(f, e):

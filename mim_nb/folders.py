@@ -217,6 +217,8 @@ def check_finite(
 ):
     "A `ValueError` for weights that are NaN or infinite"
     for k,v in weights.items():
+        if not v.is_floating_point() and k.endswith(('weight', 'bias')):
+            raise ValueError(f"{file}: {_some([k])} holds {v.dtype} where weights with a fraction belong: fetch the file again")
         if not v.isfinite().all():
             raise ValueError(f"{file}: {_some([k])} holds values that are not finite: the run that wrote it had diverged, "
                              "or the file is damaged")

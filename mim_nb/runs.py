@@ -102,7 +102,7 @@ def save_ckpt(
 # %% ../nbs/05c_runs.ipynb #23a1b7b3
 def find_ckpts(folder)->list:
     "The checkpoints of a run's folder, newest first"
-    return [f for n in ('new', 'last', 'previous') if (f := Path(folder)/f'{n}.ckpt').exists()]
+    return [f for n in ('new', 'last', 'previous') if (f := Path(folder)/f'{n}.ckpt').is_file()]
 
 def load_ckpt(folder)->dict:
     "The newest checkpoint of a run's folder that can be used"
@@ -121,7 +121,7 @@ def load_ckpt(folder)->dict:
 def read_log(folder)->list:
     "The rows of a run's `log.jsonl`; what is no row, or was cut off, is left out"
     f,rows = Path(folder)/'log.jsonl',[]
-    for line in f.read_bytes().splitlines() if f.exists() else []:
+    for line in f.read_bytes().splitlines() if f.is_file() else []:
         try: row = json.loads(line)
         except (ValueError, RecursionError): continue
         if isinstance(row, dict) and isinstance(row.get('step'), int): rows.append(row)
