@@ -35,7 +35,7 @@ def crop_resize(x,                         # `(B,C,H,W)` float in [0,1]
                 size,                      # S, or (height, width), pixels
                 flip=None,                 # bool `(B,)`: which to flip from left to right
                 interpolation='bicubic'):  # or `bilinear`
-    "`(B,C,S,S)`, or of that height and width: each image's own box, antialiased, by two matrix products"
+    "`(B,C,S,S)`, or of that height and width: each image's own box, by two matrix products"
     rows,columns = to_2tuple(size)
     wy = resample_weights(top, height, x.shape[-2], rows, interpolation)
     wx = resample_weights(left, width, x.shape[-1], columns, interpolation)

@@ -98,9 +98,6 @@ def benchmark_method(
         utilisation_apart=_utilisation(ms, step_parts[2:], own*batch, rate),
         loader_images_per_second=None if data is None else loading_speed(images, batch, workers, device=device))
 
-# %% ../nbs/19_benchmark.ipynb #27f7a09f
-benchmark = benchmark_method     # its name in version 0.1
-
 # %% ../nbs/19_benchmark.ipynb #00000029
 def table_header()->str:
     "The first line of the table: used and apart are the two utilisations, GFLOP is what an image needs"

@@ -5,31 +5,33 @@
 # %% auto #0
 __all__ = ['load_data', 'load_like', 'sample', 'fingerprint']
 
-# %% ../nbs/00h_data.ipynb #45ddcca3
+# %% ../nbs/00h_data.ipynb #83e67f1d
 import hashlib, os, warnings
 import torch
 from itertools import chain, islice
 from torch.utils.data import IterableDataset, Subset
-from .decode import LazySet, check_size, looks, to_size, to_square
+from .decode import check_size, looks, to_size, to_square
 from .image_folders import Folder, check_split
 from .images import ImageSet, batch_indices, batches, fashion_classes, steps_per_epoch
+from .lazy import LazySet
 from .named_sets import Clothes, packages, timm_source, unknown
 from .shards import Shards, is_shards
 from .streams import StreamSet
 
-# %% ../nbs/00h_data.ipynb #bc12bf37
+# %% ../nbs/00h_data.ipynb #5cee445b
 def _source(name, split, root, allow_remote):
     "A sequence, or a stream, of `(PIL image, label)` for a name"
     text = os.path.expanduser(name)
     kind,slash,_ = name.partition('/')
-    if name in ('fashion_mnist', 'fashion_mnist_full'): return Clothes(split, name=='fashion_mnist_full', root)
+    if name=='fashion_mnist': return Clothes(split)
+    if name=='fashion_mnist_full': return Clothes(split, True, root)
     if kind!='wds' and is_shards(text): return Shards(text, split)
     if os.path.isdir(text): return Shards(text, split) if is_shards(text) else Folder(text, split)
     if slash and kind in packages: return timm_source(name, split, root, allow_remote)
-    if os.path.exists(text): raise ValueError(f'{name} is a file: name the folder that it lies in, or tar files')
+    if os.path.exists(text): raise ValueError(f'{name} is a file: name its folder, or tar files')
     raise FileNotFoundError(f'There is no folder {name}') if name[:1] in './~' else unknown(name)
 
-# %% ../nbs/00h_data.ipynb #b6d7bb55
+# %% ../nbs/00h_data.ipynb #f6f20b14
 def _from_stream(source, name, img_size, in_chans, max_bytes):
     "All images of a stream, or a `StreamSet` if it has a length and is too large"
     items = iter(source)
@@ -41,47 +43,56 @@ def _from_stream(source, name, img_size, in_chans, max_bytes):
         return StreamSet(source, img_size or size, chans, name)
     images,labels,bad,notes = [],[],[],[]
     for i,(im,label) in enumerate(chain(first, items)):
-        if len(images)==room: raise ValueError(f'{name} is a stream of unknown length and larger than '
-            f'max_bytes={max_bytes}: raise max_bytes, lower img_size, or write its images to tar files with write_shards')
+        if len(images)==room:
+            raise ValueError(f'{name} is a stream of unknown length and larger than '
+                             f'max_bytes={max_bytes}: raise max_bytes, lower img_size, or write '
+                             'its images to tar files with write_shards')
         try:
             images.append(to_size(im, (height,width), chans, notes))
             labels.append(-1 if label is None else int(label))
         except Exception as e: bad.append(f'no. {i}: {e}')
     for note in dict.fromkeys(notes): warnings.warn(f'{name}: {note}')
-    if bad: warnings.warn(f'{name}: {len(bad)} images could not be read and are left out, the first is {bad[0]}')
+    if bad:
+        warnings.warn(f'{name}: {len(bad)} images could not be read and are left out, '
+                      f'the first is {bad[0]}')
     if not images: raise ValueError(f'{name} has no images' + (' that can be read' if bad else ''))
-    return ImageSet(torch.stack(images), labels if max(labels)>=0 else None, getattr(source, 'classes', ()), name)
+    if max(labels)<0: labels = None
+    return ImageSet(torch.stack(images), labels, getattr(source, 'classes', ()), name)
 
-# %% ../nbs/00h_data.ipynb #c8a1c167
-def load_data(name='fashion_mnist',   # `fashion_mnist`, `fashion_mnist_full`, a folder, tar files, or a name that timm knows
+# %% ../nbs/00h_data.ipynb #29060d16
+def load_data(name='fashion_mnist',   # or `fashion_mnist_full`, a folder, tar files, a timm name
               split='train',          # a name in `split_names`, such as `train` or `test`
-              img_size=None,          # S, or (height, width), pixels; None: as the first image, but at most 224
-              in_chans=None,          # 1 (grey) or 3 (colour); None: 3 if one of up to 64 images looked at has colours
+              img_size=None,          # S, or (height, width), pixels; None: as the first, up to 224
+              in_chans=None,          # 1 (grey) or 3 (colour); None: 3 if one of 64 has colours
               root=None,              # where the original files lie, or go when they are downloaded
               max_bytes=2*2**30,      # a set larger than this is not held in memory
               workers=4,              # threads that decode
               allow_remote=False):    # whether `wds/` may read from an address on the network
-    "An `ImageSet`, or if that would take more than `max_bytes` a `LazySet`, or a `StreamSet` for a stream"
+    "An `ImageSet`; if that would exceed `max_bytes`, a `LazySet`, or a `StreamSet` for a stream"
     if not isinstance(name, (str, os.PathLike)) or not str(name).strip():
-        raise ValueError(f'The name of the data is {name!r}: give fashion_mnist, a folder, or tar files')
-    if in_chans not in (None,1,3): raise ValueError(f'in_chans is 1 (grey) or 3 (colour), not {in_chans!r}')
+        raise ValueError(f'The name of the data is {name!r}: give fashion_mnist, a folder '
+                         'or tar files')
+    if in_chans not in (None,1,3):
+        raise ValueError(f'in_chans is 1 (grey) or 3 (colour), not {in_chans!r}')
     if img_size is not None: check_size(img_size)
     check_split(split)
     name = str(name)
     source = _source(name, split, root, allow_remote)
-    if isinstance(source, IterableDataset): return _from_stream(source, name, img_size, in_chans, max_bytes)
+    if isinstance(source, IterableDataset):
+        return _from_stream(source, name, img_size, in_chans, max_bytes)
     if isinstance(source, Clothes) and img_size in (None, 28, (28,28)) and in_chans in (None,1):
-        return ImageSet(torch.from_numpy(source.images)[:,None], source.labels, source.classes, name)
+        images = torch.from_numpy(source.images)[:,None]
+        return ImageSet(images, source.labels, source.classes, name)
     size,chans = (img_size, in_chans) if img_size and in_chans else looks(source, name, in_chans)
     lazy = LazySet(source, img_size or size, chans, name)
     lazy.guessed = in_chans is None
     chans,height,width = lazy.shape
     return lazy if len(lazy)*chans*height*width>max_bytes else lazy.load(workers)
 
-# %% ../nbs/00h_data.ipynb #8172b221
+# %% ../nbs/00h_data.ipynb #bab42471
 def load_like(name,          # as for `load_data`
               split,         # `train` or `test`
-              img_size,      # S, or (height, width), pixels, for anything but the clothes, which keep their 28
+              img_size,      # S, or (height, width), pixels; the clothes keep their 28
               in_chans=None, # 1 (grey) or 3 (colour); None: as `load_data` finds
               **kwargs):     # to `load_data`
     "`load_data` for a model with inputs of this size"
@@ -96,9 +107,9 @@ def sample(data,  # an `ImageSet` or a `LazySet`
         data = data.take(torch.arange(n) if stream else torch.linspace(0, len(data)-1, n).long())
     return data if isinstance(data, ImageSet) else data.load()
 
-# %% ../nbs/00h_data.ipynb #fd6ff447
+# %% ../nbs/00h_data.ipynb #02db51ab
 def fingerprint(data):   # an `ImageSet`, a `LazySet`, a stream, or a set that wraps one of them
-    "64 hexadecimal digits, the same for the same images: by their bytes in memory, or by names and sizes of files"
+    "64 hexadecimal digits: of the bytes in memory, or of the names and sizes of files"
     found = hashlib.sha256()
     for part in _contents(data): found.update(part)
     return found.hexdigest()

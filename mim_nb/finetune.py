@@ -13,7 +13,7 @@ from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import nn
 from types import SimpleNamespace
-from .arguments import check_number, check_whole, nearest
+from .arguments import check_number, check_whole
 from .augment import Augment, resize
 from .distort import Distorted, Disturb
 from .features import check_class_token, encoder_parts, image_batches, match_channels
@@ -176,9 +176,6 @@ def get_recipe(
     missing = [k for k in ('epochs', 'batch_size', 'lr', 'weight_decay', 'augment') if k not in r]
     if missing:
         raise ValueError(f"the recipe lacks {', '.join(missing)}: start from finetune_recipes")
-    known = {k for o in finetune_recipes.values() for k in o} | {'betas'}
-    for k in r:
-        if k not in known: raise nearest(k, sorted(known), 'setting of fine-tuning')
     return r
 
 def _check_trainable(data):
@@ -194,18 +191,19 @@ def _check_trainable(data):
         raise ValueError(f"a label of {data.name} is {int(y.max())}, which would take a head of "
                          "that many classes: number the classes from 0")
 
-def _batch_size(wanted, images, pairs):
-    "As wanted, or what the set allows: an even number of images for each process"
-    check_whole(low=1, batch_size=wanted)
-    world = ranks()[1]
-    most = images//(2*world)*(2*world)
+def _batch_size(wanted, images, pairs, accumulate=1):
+    "As wanted, or what the set allows: an even number of images for each process and turn"
+    check_whole(low=1, batch_size=wanted, accumulate=accumulate)
+    parts = ranks()[1]*accumulate
+    most = images//(2*parts)*(2*parts)
     if not most:
-        raise ValueError(f"{images} images are too few for {world} processes, which need 2 each: "
-                         "take more images or fewer processes")
-    if pairs and min(wanted, most)//world%2:
-        raise ValueError(f"mixup and CutMix blend pairs of images, and {wanted} images make "
-                         f"{wanted//world} a process: take an even batch_size for each")
-    return min(wanted, most)
+        raise ValueError(f"{images} images are too few to be shared by {parts} processes or turns, "
+                         "which need 2 each: take more images or fewer processes")
+    batch = min(wanted, most)
+    if pairs and batch%(2*parts):
+        raise ValueError(f"mixup and CutMix blend pairs of images, and {batch} images for {parts} "
+                         "processes or turns leave some without: take an even batch_size for each")
+    return batch
 
 _added = 'frozen', 'drop_path', 'mixup', 'cutmix', 'smoothing', 'erase'     # to `Classifier`
 
@@ -221,14 +219,15 @@ def finetune(
     resume=False,      # go on from the folder's checkpoint
     workers=0,         # processes that read and distort images, if these are not in memory
     bar=True,          # show a progress bar
-    **changes,         # to the recipe
+    **changes,         # to the recipe; others go to `fit`
 )->Classifier:         # in eval mode; its `accuracy` tells how good it is
     "Train an encoder further, or a layer on top of it, with labels"
     r = get_recipe(recipe, **changes)
     check_whole(low=0, high=2**62, seed=seed)
     _check_trainable(train)
     device = get_device(device)
-    r['batch_size'] = _batch_size(r['batch_size'], len(train), r.get('mixup') or r.get('cutmix'))
+    r['batch_size'] = _batch_size(r['batch_size'], len(train), r.get('mixup') or r.get('cutmix'),
+                                  r.get('accumulate', 1))
     added = {k: r.pop(k) for k in _added if k in r}
     opt,decay,distort = r.pop('opt', 'adamw'),r.pop('layer_decay', None),r.pop('distort', None)
     torch.manual_seed(seed)

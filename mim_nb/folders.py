@@ -180,11 +180,11 @@ def _from_state_dict(architecture, args, cfg, weights):
 def _resized(model, architecture, args, cfg, weights, img_size, windows):
     "The same model for images of another size"
     old = to_2tuple(args.get('img_size') or cfg.get('input_size', (3,224,224))[1:])
-    if hasattr(model, 'set_input_size'): model.set_input_size(img_size=to_2tuple(img_size), **windows)
-    elif old[0]==old[1]: model = _from_state_dict(architecture, {**args, 'img_size': img_size, **windows}, cfg, weights)
-    else: raise ValueError(f"timm {timm.__version__} cannot give {architecture} another size than {old}, since its images are "
-                           "no squares: leave out img_size, or take a newer timm")
-    return model
+    try:
+        if hasattr(model, 'set_input_size'): return model.set_input_size(img_size=to_2tuple(img_size), **windows) or model
+        if old[0]==old[1]: return _from_state_dict(architecture, {**args, 'img_size': img_size, **windows}, cfg, weights)
+    except (RuntimeError, AssertionError): pass
+    raise ValueError(f"timm {timm.__version__} cannot give {architecture} another size than {old}: leave out img_size, or take a newer timm")
 
 def with_weights(
     architecture,  # timm's name

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 # %% ../nbs/00_images.ipynb #00000011
 class ImageSet(Dataset):
-    "Images of one size, held in memory; `ds[i]` is `(image, label)`, the label -1 where there is none"
+    "Images of one size, held in memory; `ds[i]` is `(image, label)`, the label -1 for none"
     def __init__(self,
                  images,        # uint8 `(N,C,H,W)`
                  labels=None,   # long `(N,)`, or None
@@ -24,8 +24,12 @@ class ImageSet(Dataset):
         self.name = name
 
     def __len__(self): return len(self.images)
-    def __getitem__(self, i): return self.images[i], -1 if self.labels is None else int(self.labels[i])
-    def __repr__(self): return f'ImageSet({self.name!r}, {tuple(self.images.shape)}, {len(self.classes)} classes)'
+
+    def __getitem__(self, i):
+        return self.images[i], -1 if self.labels is None else int(self.labels[i])
+
+    def __repr__(self):
+        return f'ImageSet({self.name!r}, {tuple(self.images.shape)}, {len(self.classes)} classes)'
 
     def take(self, idx):
         "The images at `idx` (a slice, a list or a tensor of indices) as a set of their own"
@@ -40,8 +44,8 @@ def steps_per_epoch(data, batch_size):
     "Full batches in the set"
     if not 0<batch_size<=len(data):
         name = getattr(data, 'name', 'this set')
-        raise ValueError(f'A batch of {batch_size} cannot be filled from the {len(data)} images of {name!r}: '
-                         f'take 1 to {len(data)}')
+        raise ValueError(f'A batch of {batch_size} cannot be filled from the {len(data)} images of '
+                         f'{name!r}: take 1 to {len(data)}')
     return len(data)//batch_size
 
 def batch_indices(n,           # images in the set
@@ -85,7 +89,7 @@ def batches(data,            # an `ImageSet`, a `LazySet`, or any dataset with s
             world=1,         # so many
             device='cpu',    # where batches go
             workers=0):      # processes that decode, for sets that are not in memory
-    "Yields `(images uint8 (B,C,H,W), labels long (B,))` in an order that only `seed` and epoch decide"
+    "Yields `(images uint8 (B,C,H,W), labels long (B,))`, ordered by nothing but `seed` and epoch"
     steps_per_epoch(data, batch_size)
     check_seed(seed)
     if batch_size%world:
@@ -96,7 +100,8 @@ def batches(data,            # an `ImageSet`, a `LazySet`, or any dataset with s
 
 def _items(data, which, device, workers):
     "Batches of a stream, of a set in memory, or of one that is decoded on the way"
-    if hasattr(data, 'forward'): return _load(data.forward(*which), min(workers, 1), device, batch_size=None)
+    if hasattr(data, 'forward'):
+        return _load(data.forward(*which), min(workers, 1), device, batch_size=None)
     idxs = batch_indices(len(data), *which, getattr(data, 'near', None))
     if isinstance(data, ImageSet): return (_take(data, o) for o in idxs)
     return _load(data, workers, device, batch_sampler=(o.tolist() for o in idxs))
@@ -115,12 +120,14 @@ def _load(data, workers, device, **how):
     except (RuntimeError, OSError) as e:
         said = f'{e} {e.__cause__} {e.__context__}'
         if not re.search('bus error|no space left|shared memory|/dev/shm', said, re.I): raise
-        raise RuntimeError(f'The {workers} loading workers ran out of shared memory: lower workers (0 needs none), '
-                           'or give the machine a larger /dev/shm (docker run --shm-size=8g)') from e
+        raise RuntimeError(f'The {workers} loading workers ran out of shared memory: lower workers '
+                           '(0 needs none), or give the machine a larger /dev/shm '
+                           '(docker run --shm-size=8g)') from e
 
 def _start_worker(_):
     torch.set_num_threads(1)
-    for s in {'SIGINT', 'SIGUSR1', 'SIGHUP'} & set(dir(signal)): signal.signal(getattr(signal, s), signal.SIG_IGN)
+    for s in {'SIGINT', 'SIGUSR1', 'SIGHUP'} & set(dir(signal)):
+        signal.signal(getattr(signal, s), signal.SIG_IGN)
     if not hasattr(signal, 'sigwaitinfo'): return
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_await_owner, daemon=True).start()

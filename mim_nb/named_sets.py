@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['fashion_dirs', 'packages', 'read_idx', 'Clothes', 'Undecoded', 'unknown', 'timm_source', 'check_address']
 
-# %% ../nbs/00g_named_sets.ipynb #5125218d
+# %% ../nbs/00g_named_sets.ipynb #e5ca0a78
 import difflib, gzip, json, os, re, sys, zlib
 import numpy as np
 from importlib.resources import files
@@ -22,7 +22,7 @@ from .shards import Shards, is_shards
 from .streams import InOrder
 from .tars import cache_dir, expand
 
-# %% ../nbs/00g_named_sets.ipynb #feaca9df
+# %% ../nbs/00g_named_sets.ipynb #d706862b
 fashion_dirs = ['/usr/share/datasets/fashion-mnist']      # Debian's package dataset-fashion-mnist
 
 def read_idx(folder, name):
@@ -32,18 +32,20 @@ def read_idx(folder, name):
     try:
         shape = np.frombuffer(raw, '>i4', raw[3], offset=4)
         return np.frombuffer(raw, np.uint8, offset=4+4*raw[3]).reshape(shape).copy()
-    except (ValueError, IndexError) as e: raise ValueError(f'{file} is not whole ({e}): fetch it again') from e
+    except (ValueError, IndexError) as e: raise _not_whole(file, e) from e
+
+def _not_whole(file, error): return ValueError(f'{file} is not whole ({error}): fetch it again')
 
 def _unzipped(file):
     raw = file.read_bytes()
     try: return gzip.decompress(raw)
-    except (EOFError, OSError, zlib.error) as e: raise ValueError(f'{file} is not whole ({e}): fetch it again') from e
+    except (EOFError, OSError, zlib.error) as e: raise _not_whole(file, e) from e
 
 def _read_part(part, folder):
     return [read_idx(folder, f'{part}-{o}-ubyte') for o in ('images-idx3', 'labels-idx1')]
 
 def _full(part, root):
-    "Images and labels of Fashion-MNIST's own files, which torchvision fetches where they are missing"
+    "Images and labels of Fashion-MNIST's own files, which torchvision fetches if need be"
     own = cache_dir()/'FashionMNIST'/'raw'
     given = [root, Path(root)/'FashionMNIST'/'raw'] if root else []
     for folder in [*given, *fashion_dirs, own]:
@@ -53,8 +55,9 @@ def _full(part, root):
         FashionMNIST(own.parents[1], download=True)
         return _read_part(part, own)
     except Exception as e:
-        raise FileNotFoundError(f'Fashion-MNIST is not on this machine and could not be downloaded ({_line(e)}): put '
-                                f'its four files into {own}, or use the shipped subset, fashion_mnist') from e
+        raise FileNotFoundError(f'Fashion-MNIST is not on this machine and could not be downloaded '
+                                f'({_line(e)}): put its four files into {own}, or use the shipped '
+                                'subset, fashion_mnist') from e
 
 def _line(error): return ' '.join(str(error).split()) or type(error).__name__
 
@@ -65,7 +68,8 @@ class Clothes:
         learn = check_split(split)=='train'
         if full: self.images,self.labels = _full('train' if learn else 't10k', root)
         else:
-            shipped = np.load(files('mim_nb')/'fashion_mnist'/'fashion_mnist.npz', allow_pickle=False)
+            file = files('mim_nb')/'fashion_mnist'/'fashion_mnist.npz'
+            shipped = np.load(file, allow_pickle=False)
             part = 'train' if learn else 'test'
             self.images,self.labels = shipped[f'{part}_images'],shipped[f'{part}_labels']
 
@@ -73,10 +77,12 @@ class Clothes:
     def __getitem__(self, i): return Image.fromarray(self.images[i]), self.labels[i]
     def contents(self): return [self.images.tobytes(), self.labels.tobytes()]
 
-# %% ../nbs/00g_named_sets.ipynb #8dae4233
-packages = dict(torch='torchvision', hfds='datasets', hfids='datasets', tfds='tensorflow_datasets', wds='webdataset')
-_torch_sets = 'cifar10 cifar100 mnist kmnist qmnist fashion_mnist imagenet inaturalist places365 image_folder'
-_torch_names = [f'torch/{o}' for o in _torch_sets.split()]
+# %% ../nbs/00g_named_sets.ipynb #96fc0686
+packages = dict(torch='torchvision', hfds='datasets', hfids='datasets',
+                tfds='tensorflow_datasets', wds='webdataset')
+_torch_sets = ('cifar10', 'cifar100', 'mnist', 'kmnist', 'qmnist', 'fashion_mnist', 'imagenet',
+               'inaturalist', 'places365', 'image_folder')
+_known_names = ['fashion_mnist', 'fashion_mnist_full', *(f'torch/{o}' for o in _torch_sets)]
 
 class Undecoded:
     "A set of timm's, each image opened from its own file, or an error"
@@ -98,21 +104,23 @@ def _described(source):
 
 def unknown(name):
     "The error for a name that means nothing, with those that look like it"
-    near = difflib.get_close_matches(name, ['fashion_mnist', 'fashion_mnist_full', *_torch_names], 3, .5)
+    near = difflib.get_close_matches(name, _known_names, 3, .5)
     meant = f' (did you mean {" or ".join(near)}?)' if near else ''
-    return ValueError(f'There is no data called {name[:200]!r}{meant}: it is fashion_mnist, fashion_mnist_full, a folder of '
-                      'images or of tar files, a range of these such as shards/{000..127}.tar, '
-                      'or a name that timm.data.create_dataset knows, such as torch/cifar10')
+    return ValueError(f'There is no data called {name[:200]!r}{meant}: it is fashion_mnist, '
+                      'fashion_mnist_full, a folder of images or of tar files, a range of these '
+                      'such as shards/{000..127}.tar, or a name that timm.data.create_dataset knows, '
+                      'such as torch/cifar10')
 
 def _create(name, root, splits):
     "timm's set for the first of some splits that it has"
     error = None
+    download = not name.startswith('hfids')
     for split in splits:
-        try: return _described(create_dataset(name, root=root, split=split, download=not name.startswith('hfids')))
+        try: return _described(create_dataset(name, root=root, split=split, download=download))
         except AssertionError: raise unknown(name) from None
         except Exception as e:
             error = error or e
-            if isinstance(e, OSError): break            # not there, or not connected: another split will not help
+            if isinstance(e, OSError): break        # not there, or not connected: one try is enough
     raise FileNotFoundError(f'{name} is not in {root} and could not be fetched ({_line(error)}): '
                             'put it there, or name the folder that has it with root') from error
 
@@ -122,9 +130,12 @@ def timm_source(name,                # `torch/…`, `hfds/…`, `hfids/…`, `tf
                 allow_remote=False): # whether `wds/` may read from an address
     "A sequence, or a stream, of `(PIL image, label)`"
     kind,_,rest = name.partition('/')
-    if kind=='wds' and (found := _local_wds(name, str(root or rest), split, allow_remote)): return found
+    if kind=='wds':
+        found = _local_wds(name, str(root or rest), split, allow_remote)
+        if found: return found
     if not find_spec(packages[kind]):
-        raise ImportError(f'{name} needs a package that is not installed: pip install {packages[kind].replace("_","-")}')
+        package = packages[kind].replace('_', '-')
+        raise ImportError(f'{name} needs a package that is not installed: pip install {package}')
     if kind=='wds': return _remote_wds(name, str(root or rest), split)
     root = str(root or cache_dir())
     split = {'training': 'train', 'testing': 'test'}.get(split.lower(), split.lower())
@@ -132,18 +143,18 @@ def timm_source(name,                # `torch/…`, `hfds/…`, `hfids/…`, `tf
     folder = kind=='torch' and not (Path(root)/'test').is_dir()        # torchvision calls it so
     return _create(name, root, ['validation'] if folder else ['test', 'validation'])
 
-# %% ../nbs/00g_named_sets.ipynb #481b480c
+# %% ../nbs/00g_named_sets.ipynb #85b4f561
 def check_address(name,          # what messages call it
                   address,       # a path or an address
                   allow_remote): # whether it may be an address
-    "A `ValueError` for what would run a program, and for an address on the network unless it is allowed"
+    "Whether it is an address, if that is allowed; a `ValueError` for what must not be read"
     plain = re.sub(r'[\x00-\x20]', '', address).lower()
     if 'pipe:' in plain or '|' in plain:
         raise ValueError(f'{name!r} would run a program on this machine, and no name of data may')
     remote = '://' in plain or re.match(r'[a-z][a-z0-9+.-]+:', plain) and not os.path.isdir(address)
     if remote and not allow_remote:
-        raise ValueError(f'{name!r} is an address on the network: to read from it, name it on the command line '
-                         'or pass allow_remote=True')
+        raise ValueError(f'{name!r} is an address on the network: to read from it, name it on the '
+                         'command line or pass allow_remote=True')
     return bool(remote)
 
 def _local_wds(name, address, split, allow_remote):
@@ -158,22 +169,26 @@ def _local_wds(name, address, split, allow_remote):
 def _listed(name, folder, split):
     "The shards of a split in a folder's `_info.json`"
     file = next((o for o in (folder/'_info.json', folder/'info.json') if o.is_file()), None)
-    if not file: raise FileNotFoundError(f'{name} is not in {folder}: it has no _info.json that lists its shards')
+    if not file:
+        raise FileNotFoundError(f'{name} is not in {folder}: it has no _info.json with its shards')
     return [os.path.join(folder, o) for o in _filenames(file, file.read_bytes(), split)[1]]
 
 def _filenames(file, raw, split):
     "The name of a split in an `_info.json`, and the shards that it lists, which must lie beside it"
     try:
         splits = json.loads(raw)['splits']
-        known = [split, *split_names[check_split(split)], *(split_names['val'] if split_kind(split)=='test' else ())]
+        known = [split, *split_names[check_split(split)]]
+        if split_kind(split)=='test': known += split_names['val']
         wanted = next(o for o in known if o in splits)
         names = [n for o in splits[wanted]['filenames'] for n in expand(o)]
-    except StopIteration: raise ValueError(f'{file} lists no shards for the split {split!r}') from None
+    except StopIteration:
+        raise ValueError(f'{file} lists no shards for the split {split!r}') from None
     except (ValueError, TypeError, KeyError, RecursionError) as e:
-        raise ValueError(f'{file} is not a list of shards as WebDataset writes it ({_line(e)})') from e
+        raise ValueError(f'{file} is not a list of shards as WebDataset has it ({_line(e)})') from e
     for o in names:
         check_address(f'{o} in {file}', o, False)
-        if os.path.isabs(o) or '..' in Path(o).parts: raise ValueError(f'{file} lists {o}, which lies outside its folder')
+        if os.path.isabs(o) or '..' in Path(o).parts:
+            raise ValueError(f'{file} lists {o}, which lies outside its folder')
     return wanted,names
 
 def _remote_wds(name, address, split):

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['plot_style', 'show_images']
 
-# %% ../nbs/00e_plots.ipynb #ec3fc8d2
+# %% ../nbs/00e_plots.ipynb #52b5d94f
 import torch, matplotlib.pyplot as plt
 from fastcore.meta import delegates
 
-# %% ../nbs/00e_plots.ipynb #f79c30b0
+# %% ../nbs/00e_plots.ipynb #1cd68260
 _grey = '#808080'
 _texts_and_axes = ('text.', 'axes.label', 'axes.title', 'axes.edge', 'xtick.', 'ytick.')
 _colours = ['#0072B2', '#E69F00', '#009E73', '#D55E00', '#CC79A7', '#56B4E9']
@@ -17,10 +17,11 @@ _colours = ['#0072B2', '#E69F00', '#009E73', '#D55E00', '#CC79A7', '#56B4E9']
 plot_style = {
     'figure.dpi': 100, 'font.size': 9, 'axes.titlesize': 9, 'legend.frameon': False,
     'image.interpolation': 'nearest', 'savefig.facecolor': 'none', 'figure.facecolor': 'none',
-    'axes.facecolor': 'none', 'grid.color': _grey+'50', 'axes.spines.top': False, 'axes.spines.right': False,
+    'axes.facecolor': 'none', 'grid.color': _grey+'50',
+    'axes.spines.top': False, 'axes.spines.right': False,
     'axes.prop_cycle': plt.cycler(color=_colours), **{f'{o}color': _grey for o in _texts_and_axes}}
 
-# %% ../nbs/00e_plots.ipynb #c41023cc
+# %% ../nbs/00e_plots.ipynb #ede4a478
 @delegates(plt.Axes.imshow)
 def show_images(images,          # `(B,C,H,W)`, or a list of `(C,H,W)`: uint8, or float in [0,1]
                 ncols=8,         # images in a row

@@ -14,7 +14,7 @@ from pathlib import Path
 from . import timm_models        # timm then knows MixMIM's encoder, which may be a teacher
 from .arguments import check_number, check_sides, check_whole
 from .augment import Augment, resize
-from .checkpoints import save_encoder
+from .exports import save_encoder
 from .cli import command
 from .data import sample
 from .encoders import square_or_pair

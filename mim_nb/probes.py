@@ -11,7 +11,7 @@ import torch, torch.nn.functional as F, warnings
 from .arguments import check_number, check_whole
 from .features import encoder_parts, layer_features
 
-# %% ../nbs/14_probes.ipynb #3fcf6332
+# %% ../nbs/14_probes.ipynb #7fe922ac
 def _some(labels, names):
     "Up to five classes by name, for a message"
     said = [str(names[i]) if i<len(names) else str(i) for i in sorted(labels)]
@@ -51,7 +51,7 @@ def check_labels(
         warnings.warn(f"no test image is of the class {_some(seen-wanted, names)}: the accuracy "
                       "says nothing about it; was a folder lost?", stacklevel=2)
 
-# %% ../nbs/14_probes.ipynb #580662f7
+# %% ../nbs/14_probes.ipynb #1e0625fd
 def class_names(
     train, # a set
     test,  # another
@@ -71,7 +71,7 @@ def labels_like(
     number = {name: i for i,name in enumerate(dict.fromkeys([*names, *own]))}
     return torch.tensor([number[name] for name in own])[y]
 
-# %% ../nbs/14_probes.ipynb #b2f14bef
+# %% ../nbs/14_probes.ipynb #2f955ee1
 def _check_finite(f, name):
     if f.ndim!=2: raise ValueError(f"{name} features must have shape (N,D), got {tuple(f.shape)}")
     bad = int((~f.isfinite()).sum())
@@ -140,10 +140,12 @@ def standardize(
     check_features(f, ft)
     if len(f)<2: raise ValueError(f"a spread needs 2 training images or more, got {len(f)}")
     mean,std = f.mean(0),f.std(0)+1e-6
-    if not (mean.isfinite() & std.isfinite()).all():
-        raise ValueError(f"features as large as {f.abs().max():.0e} cannot be standardised in "
-                         f"{f.dtype}: the encoder has diverged, or they should be scaled down")
-    return (f-mean)/std,(ft-mean)/std
+    found = (f-mean)/std,(ft-mean)/std
+    if not all(o.isfinite().all() for o in (std, *found)):
+        largest = max(f.abs().max(), ft.abs().max())
+        raise ValueError(f"features as large as {largest:.0e} cannot be standardised in {f.dtype}: "
+                         "the encoder has diverged, or they should be scaled down")
+    return found
 
 # %% ../nbs/14_probes.ipynb #00000011
 def _logits(w, x):
@@ -223,7 +225,7 @@ def evaluate(
     if layer is None: layer = len(encoder_parts(m)[0].feature_info)
     return evaluate_layers(m, train, test, [layer], pool, probes=probes)[0]
 
-# %% ../nbs/14_probes.ipynb #87ca9e71
+# %% ../nbs/14_probes.ipynb #64772b71
 def split(
     data,   # an `ImageSet` or a `LazySet` with labels
     share,  # of each class, in (0,1)

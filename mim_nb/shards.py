@@ -12,13 +12,13 @@ from glob import glob
 from pathlib import Path
 from fastprogress.fastprogress import progress_bar
 from .decode import open_image
-from .image_folders import (check_split, image_endings, is_folder, list_folder, printable, split_folders,
-                            split_kind, split_names, warn_one_sided)
+from .image_folders import (check_split, image_endings, is_folder, list_folder, printable,
+                            split_folders, split_kind, split_names, warn_one_sided)
 from .tars import expand, scan
 
 # %% ../nbs/00c_shards.ipynb #0000001d
 def is_shards(name):
-    "Whether a name means tar files: one, a range, a pattern, or a folder that holds them and neither folders nor images"
+    "Whether a name means tar files: one, a range, a pattern, or a folder that holds nothing else"
     path = os.path.expanduser(str(name))
     if not os.path.isdir(path): return bool(re.search(r'\.(tar|tgz)(\.\w+)?$', path))
     inside = list_folder(path)
@@ -32,7 +32,7 @@ def _is_tar(name): return bool(re.search(r'\.(tar|tgz)(\.(gz|bz2|xz|zst))?$', na
 def _tars(folder): return [o.path for o in list_folder(folder) if _is_tar(o.name)]
 
 def _groups(name, split):
-    "Shards to learn from and shards to test on; the second list is None where every tenth image is for testing"
+    "Shards to learn from, and to test on, or None where every tenth image is for testing"
     path = os.path.expanduser(str(name))
     if not os.path.isdir(path): return sorted(glob(path)) if '*' in path else expand(path), None
     where = split_folders(path, split)
@@ -60,17 +60,18 @@ def _number(texts, name):
     if len(names)<2: return None,[]
     if len(given)>_most_classes: return _without(name, f'there are {len(given)} different ones')
     if len(whole)<len(given):
-        if whole: warnings.warn(f'{name}: some labels are numbers, {whole[0]}, and some are not, so all are taken as names')
+        if whole: warnings.warn(f'{name}: some labels are numbers, some are not, so all are names')
         place = {o: i for i,o in enumerate(given)}
         return np.array([place.get(o, -1) for o in names])[which],[printable(o) for o in given]
     return _from_numbers(np.array([int(o) if o else -1 for o in names]), which, name)
 
 def _from_numbers(values, which, name):
-    if values.min()<-1: warnings.warn(f'{name}: labels below 0 count as no label, the lowest is {values.min()}')
+    if values.min()<-1:
+        warnings.warn(f'{name}: labels below 0 count as no label, the lowest is {values.min()}')
     values = values.clip(min=-1)
     if values.max()<0: return None,[]
     if values.max()<_most_classes: return values[which],[]
-    warnings.warn(f'{name}: labels up to {values.max()} are numbered anew, from 0, in the same order')
+    warnings.warn(f'{name}: labels up to {values.max()} are numbered anew, from 0, in their order')
     used = np.unique(values[values>=0])
     return np.where(values<0, -1, np.searchsorted(used, values))[which],[str(o) for o in used]
 
@@ -81,16 +82,17 @@ def _without(name, why):
 class Shards:
     "The images of tar files, in any order; `[i]` is `(PIL image, label)`"
     def __init__(self,
-                 name,            # `shards/{000..127}.tar`, `shards/*.tar`, one file, or a folder of them
+                 name,            # `shards/{000..127}.tar`, `s/*.tar`, a file, a folder of them
                  split='train'):  # a name in `split_names`
         learn = check_split(split)=='train'
         train,test = _groups(name, split)
         self._read(name, train + (test or []))
         n = len(self)
-        first = np.arange(n)%10!=0 if test is None else self.shard<len(train)      # those to learn from
-        self._compare(name, first, learn, test is None)
-        if not (first==learn).any(): raise ValueError(self._empty(name, split))
-        self._keep(np.flatnonzero(first==learn))
+        for_training = np.arange(n)%10!=0 if test is None else self.shard<len(train)
+        if not (test is None and learn): self._compare(name, for_training)
+        mine = np.flatnonzero(for_training==learn)
+        if not len(mine): raise ValueError(self._empty(name, split))
+        self._keep(mine)
 
     @classmethod
     def whole(cls, name, files):
@@ -108,25 +110,31 @@ class Shards:
         self.shard = np.repeat(np.arange(len(tables)), [len(t['start']) for t in tables])
         self.names,self.start,self.size = table['name'],table['start'],table['size']
         if len(table['odd']):
-            warnings.warn(f'{name}: {len(table["odd"])} files in the shards are left out, labels that are no number '
-                          f'or name, or images of impossible size; the first is {printable(os.fsdecode(table["odd"][0]))}')
+            first = printable(os.fsdecode(table['odd'][0]))
+            warnings.warn(f'{name}: {len(table["odd"])} files in the shards are left out, labels '
+                          f'that are no number or name, or images of impossible size; '
+                          f'the first is {first}')
         self.labels,self.classes = _number(table['label'], name)
-        if self.labels is not None and not self.classes: self.classes = _classnames(files[0], self.labels.max())
+        if self.labels is not None and not self.classes:
+            self.classes = _classnames(files[0], self.labels.max())
 
     def _keep(self, idx):
-        self.shard,self.names,self.start,self.size = [o[idx] for o in (self.shard, self.names, self.start, self.size)]
+        for k in ('shard', 'names', 'start', 'size'): setattr(self, k, getattr(self, k)[idx])
         if self.labels is not None: self.labels = self.labels[idx]
 
-    def _compare(self, name, first, learn, tenth):
+    def _compare(self, name, for_training):
         "Warn of classes that only one split has"
-        if self.labels is None or (tenth and learn) or first.all() or not first.any(): return
-        named = lambda labels: [self.classes[o] if self.classes else str(o) for o in np.unique(labels[labels>=0])]
-        warn_one_sided(name, named(self.labels[first]), named(self.labels[~first]))
+        if self.labels is None or for_training.all() or not for_training.any(): return
+        sides = for_training,~for_training
+        learn,test = [np.unique(self.labels[o & (self.labels>=0)]) for o in sides]
+        named = lambda numbers: [self.classes[o] if self.classes else str(o) for o in numbers]
+        warn_one_sided(name, named(learn), named(test))
 
     def _empty(self, name, split):
-        if len(self)==1: return f'{name} has one image, which is kept for testing: put in at least one more'
-        return (f'{name} has no images for the split {split!r}: files that end in {" ".join(image_endings)} '
-                f'are looked for in {len(self.files)} tar files')
+        if len(self)==1:
+            return f'{name} has one image, which is kept for testing: put in at least one more'
+        return (f'{name} has no images for the split {split!r}: files that end in '
+                f'{" ".join(image_endings)} are looked for in {len(self.files)} tar files')
 
     def __len__(self): return len(self.start)
 
@@ -139,18 +147,22 @@ class Shards:
     def called(self, i): return f'{os.fsdecode(self.names[i])} in {self.files[self.shard[i]]}'
 
     def contents(self):
-        "Bytes that differ if the shards hold other files: their names and sizes, and which shard has them"
+        "Bytes that differ if the shards hold other files: names, sizes, and which shard has them"
         return [o.tobytes() for o in (self.names, self.size, self.shard)]
 
 def _missing(name, files, gone):
-    if '://' in str(name): return f'{name} is not on this machine: copy the shards here, or stream them with wds/'
-    if len(files)>1: return f'{len(gone)} of {len(files)} shards are missing, the first is {gone[0]}'
-    return f'{gone[0]} is not a regular file' if gone and os.path.exists(gone[0]) else f'There is no {name}'
+    if '://' in str(name):
+        return f'{name} is not on this machine: copy the shards here, or stream them with wds/'
+    if len(files)>1:
+        return f'{len(gone)} of {len(files)} shards are missing, the first is {gone[0]}'
+    if gone and os.path.exists(gone[0]): return f'{gone[0]} is not a regular file'
+    return f'There is no {name}'
 
 def _classnames(shard, highest):
     "The names in a file beside a shard, or one folder up, if there are enough for the labels"
     folder = Path(shard).absolute().parent
-    found = [o for d in (folder, folder.parent) for n in ('classnames.txt', 'classes.txt') if (o := d/n).is_file()]
+    known = [d/n for d in (folder, folder.parent) for n in ('classnames.txt', 'classes.txt')]
+    found = [o for o in known if o.is_file()]
     if not found: return []
     try: names = found[0].read_text('utf-8').splitlines()
     except UnicodeDecodeError: names,why = [],'it is not UTF-8 text'

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['write_shards', 'expand', 'read_headers', 'cache_dir', 'scan']
 
-# %% ../nbs/00bb_tars.ipynb #0e96e611
+# %% ../nbs/00bb_tars.ipynb #6b57fa4b
 import hashlib, io, json, os, re, tarfile
 import numpy as np
 from itertools import chain, islice
@@ -13,9 +13,9 @@ from math import prod
 from pathlib import Path
 from .image_folders import image_endings, largest_file
 
-# %% ../nbs/00bb_tars.ipynb #7549ee78
+# %% ../nbs/00bb_tars.ipynb #cd33dc78
 def _encoded(im, quality):
-    "Kind and bytes of an image: its own if it is not decoded yet, else those of a JPEG, or of a PNG"
+    "Kind and bytes of an image: its own if it is not decoded yet, else those of a JPEG or a PNG"
     if isinstance(getattr(im, 'fp', None), io.BytesIO):
         kind = im.format.lower()
         return kind if f'.{kind}' in image_endings else 'jpg', im.fp.getvalue()
@@ -31,25 +31,28 @@ def _add(tar, name, raw):
 
 def _write_shard(path, items):
     "One tar file of `(number, kind, bytes, label)`; under its own name it is whole"
-    if path.exists(): raise FileExistsError(f'{path} is there already: write shards into an empty folder')
+    if path.exists():
+        raise FileExistsError(f'{path} is there already: write shards into an empty folder')
     part = path.with_name(f'.mim_nb-{os.getpid()}-{path.name}')
     try:
         with tarfile.open(part, 'x') as tar:
             for i,kind,raw,label in items:
                 _add(tar, f'{i:09}.{kind}', raw)
-                if label is not None and label>=0: _add(tar, f'{i:09}.cls', str(int(label)).encode())
+                if label is None or label<0: continue
+                _add(tar, f'{i:09}.cls', str(int(label)).encode())
         os.replace(part, path)
     finally: part.unlink(missing_ok=True)
 
-def write_shards(items,            # `(PIL image, label)` pairs: a `Folder`, a stream, any iterable; label -1 or None: none
+def write_shards(items,            # `(PIL image, label)` pairs; a label of -1 or None: none
                  folder,           # for `000000.tar`, `000001.tar`, …
                  per_shard=10_000, # images in a file
-                 quality=95):      # of the JPEGs that decoded images become, 1 to 95; None: PNG, the same pixels
-    "Write images into tar files; those that are not decoded yet keep their bytes. Returns the files' paths"
+                 quality=95):      # of the JPEGs that decoded images become, 1 to 95; None: PNG
+    "Write images into tar files, whose paths are returned; undecoded images keep their bytes"
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if len(getattr(items, 'classes', ())):
-        with open(folder/'classnames.txt', 'x', encoding='utf-8') as f: f.write('\n'.join(items.classes))
+        with open(folder/'classnames.txt', 'x', encoding='utf-8') as f:
+            f.write('\n'.join(items.classes))
     encoded = ((i, *_encoded(im, quality), label) for i,(im,label) in enumerate(items))
     paths = []
     while first := next(encoded, None):
@@ -57,7 +60,7 @@ def write_shards(items,            # `(PIL image, label)` pairs: a `Folder`, a s
         _write_shard(paths[-1], chain([first], islice(encoded, per_shard-1)))
     return paths
 
-# %% ../nbs/00bb_tars.ipynb #d62eb8f9
+# %% ../nbs/00bb_tars.ipynb #87f9bcce
 _most_files = 100_000
 
 def expand(name):
@@ -65,7 +68,8 @@ def expand(name):
     ranges = re.findall(r'\{([0-9]+)\.\.([0-9]+)\}', name)
     if max((len(o) for r in ranges for o in r), default=0)>18: raise ValueError(_too_many(name))
     lengths = [int(b)-int(a)+1 for a,b in ranges]
-    if min(lengths, default=1)<1: raise ValueError(f'{name} is an empty range: write the smaller number first')
+    if min(lengths, default=1)<1:
+        raise ValueError(f'{name} is an empty range: write the smaller number first')
     if prod(lengths)>_most_files: raise ValueError(_too_many(name))
     return _expand(name)
 
@@ -80,7 +84,7 @@ def _expand(name):
         names += _expand(f'{name[:m.start()]}{i:0{len(first)}}{name[m.end():]}')
     return names
 
-# %% ../nbs/00bb_tars.ipynb #6a0cae85
+# %% ../nbs/00bb_tars.ipynb #06ab526b
 _packed = {b'\x1f\x8b': 'gunzip', b'BZ': 'bunzip2', b'\xfd7': 'unxz', b'\x28\xb5': 'unzstd'}
 
 class _Headers:
@@ -99,30 +103,33 @@ def _members(t):
         yield m
 
 def read_headers(path):
-    "Where a tar file's images are: arrays `name`, `start`, `size` (bytes), `label` (text), and `odd`, what can't be used"
+    "Arrays `name`, `start`, `size` (bytes), `label` (text) of a tar's images, and `odd`: of no use"
     images,labels,odd = {},{},[]
     with open(path, 'rb') as f:
         magic = f.read(2)
         f.seek(0)
         if magic in _packed:
-            raise ValueError(f'{path} is compressed, and a compressed tar can only be read from its beginning: '
-                             f'unpack it with {_packed[magic]}')
+            raise ValueError(f'{path} is compressed, and a compressed tar can only be read from '
+                             f'its beginning: unpack it with {_packed[magic]}')
         try:
             with tarfile.open(fileobj=_Headers(f), mode='r:') as t:
                 for m in _members(t): _note(t, m, images, labels, odd)
                 f.seek(t.offset)
                 whole = f.read(512)==bytes(512)
         except Exception as e:
-            raise ValueError(f'{path} is cut off, or not a tar file ({e}): copy or make it again') from e
-    if not whole: raise ValueError(f'{path} is cut off after {len(images)} images: copy or make it again')
+            raise ValueError(f'{path} is cut off, or not a tar file ({e}): '
+                             'copy or make it again') from e
+    if not whole:
+        raise ValueError(f'{path} is cut off after {len(images)} images: copy or make it again')
     return _table(images, labels, odd)
 
 def _table(images, labels, odd):
     folder = lambda key: os.fsencode(os.path.basename(os.path.dirname(key)))
     rows = [(*images[k], labels.get(k, folder(k))) for k in images]
     name,start,size,label = zip(*rows) if rows else ([],)*4
-    return dict(name=np.array(name, 'S'), start=np.array(start, np.int64), size=np.array(size, np.int64),
-                label=np.array(label, 'S'), odd=np.array(odd, 'S'))
+    texts = dict(name=name, label=label, odd=odd)
+    table = {k: np.array(v, 'S') for k,v in texts.items()}
+    return table | dict(start=np.array(start, np.int64), size=np.array(size, np.int64))
 
 def _note(t, m, images, labels, odd):
     "Write down what a member of a tar file is"
@@ -132,7 +139,8 @@ def _note(t, m, images, labels, odd):
     key = os.path.join(folder, key)
     image = f'.{kind.lower()}'.endswith(image_endings)
     if not image and kind not in ('cls', 'json'): return
-    if len(m.name)>1000 or m.issparse() or m.size>(largest_file if image else 2**20): odd.append(_short(m.name))
+    most = largest_file if image else 2**20
+    if len(m.name)>1000 or m.issparse() or m.size>most: odd.append(_short(m.name))
     elif image: images.setdefault(key, (os.fsencode(m.name), m.offset_data, m.size))
     else:
         label = _label(t.extractfile(m).read(), kind)
@@ -150,7 +158,7 @@ def _label(raw, kind):
     usable = isinstance(label, (str, int)) and not isinstance(label, bool)
     return str(label).encode('utf-8', 'surrogateescape') if usable else None
 
-# %% ../nbs/00bb_tars.ipynb #87481a17
+# %% ../nbs/00bb_tars.ipynb #1671ed0a
 def cache_dir():
     "Where downloads and tables go"
     home = os.environ.get('XDG_CACHE_HOME') or os.path.join('~', '.cache')
@@ -170,7 +178,7 @@ def scan(path):
         file.parent.mkdir(parents=True, exist_ok=True)
         np.savez(part, **found)
         os.replace(part, file)
-    except OSError: _remove(part)                        # a full or read-only disk: hop again next time
+    except OSError: _remove(part)                # a full or read-only disk: hop again next time
     return found
 
 def _remove(path):

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 from . import timm_models        # timm then knows MixMIM's encoder
 from .arguments import check_whole, nearest
-from .encoders import square_or_pair
 from .attention_heads import (attention_stats, encoder_and_images, layer_index,
                                     plot_attention_stats, show_attention)
 from .augment import resize

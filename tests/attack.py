@@ -7,7 +7,7 @@
 The package is imported once. A forked worker then calls the functions behind the commands, with
 their words in `sys.argv`; it is replaced when a case hangs, takes too much memory or dies.
 """
-import argparse, configparser, importlib, json, os, re, resource, select, shlex, shutil, signal
+import argparse, configparser, hashlib, importlib, json, os, re, resource, select, shlex, shutil, signal
 import sys, tempfile, time, traceback
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -83,7 +83,9 @@ def run_case(case, entries_of, work):
     my = work/'my'
     shutil.rmtree(my, ignore_errors=True)
     my.mkdir()
-    for make in case.make: make(my, work/'in')
+    try:
+        for make in case.make: make(my, work/'in')
+    except Exception as e: return dict(died=f'the files could not be made: {e!r}')
     before = entries(work)
     start,busy = time.time(),seconds()
     with output_to(work.parent), ExitStack() as until_end:
@@ -134,8 +136,9 @@ def _faults_of_failure(case, r, last):
     if not last.startswith(f'{case.command}: '): found.append("the last line does not begin with the command's name")
     if len(last)<20+len(case.command): found.append('the message says too little')
     if len(last)>longest: found.append(f'the message has {len(last)} characters')
-    if case.says and not re.search(case.says, last, re.I): found.append(f'no word of {case.says!r}')
-    if r['changes']: found.append(f"left behind: {r['changes'][:3]}")
+    if case.says and not re.search(case.says, last, re.I|re.S): found.append(f'no word of {case.says!r}')
+    left = [c for c in r['changes'] if not re.match(f'new {case.leaves}', c)]
+    if left: found.append(f'left behind: {left[:3]}')
     return found
 
 # The worker
@@ -210,11 +213,11 @@ def attack(numbered, entries_of, work):
             worker = worker or Worker(todo, entries_of, work)
             i,case = todo.pop(0)
             r = worker.line(most_seconds+10)
-            if r is None: r = dict(died=worker.end())
-            else: r['grown'] = r['memory']-base
-            if 'died' in r or r['grown']>most_memory:
-                if 'died' not in r: worker.end()
+            if r and 'memory' in r: r['grown'] = r['memory']-base
+            if r is None or r.get('grown', 0)>most_memory:
+                died = worker.end()
                 worker = None
+                r = r or dict(died=died)
             yield i,case,r
     finally:
         if worker: worker.end()
@@ -223,9 +226,14 @@ def attack(numbered, entries_of, work):
 
 def prepare(base, work, entries_of):
     "A folder to work in, with the files that all cases share"
-    if base and (base/'done').exists(): shutil.copytree(base/'in', work/'in', symlinks=True)
+    if base and (base/'done').exists():
+        for name in ('work', 'home'): shutil.copytree(base/name, work.parent/name, dirs_exist_ok=True)
     else:
-        in_fork(lambda: make_base(work/'in', lambda name,*args: call(entries_of[name], name, args)), work)
+        command = lambda name,*args: call(entries_of[name], name, args)
+        in_fork(lambda: make_base(work/'in', command), work)
+        if base:
+            for name in ('work', 'home'): shutil.copytree(work.parent/name, base/name)
+            (base/'done').touch()
     make_odd(work/'in')
 
 def in_fork(f, work):
@@ -244,6 +252,7 @@ def in_fork(f, work):
 
 def setup(top):
     "An environment without network, terminal and home of the user's"
+    top.chmod(0o755)
     for name in ('home', 'work'): (top/name).mkdir()
     for name in [k for k in os.environ if k.lower().endswith('_proxy')]: del os.environ[name]
     proxy = dict.fromkeys(('http_proxy', 'https_proxy', 'HTTP_PROXY', 'HTTPS_PROXY'), 'http://127.0.0.1:9')
@@ -252,15 +261,16 @@ def setup(top):
                       HF_HOME=str(top/'home'/'hf'))
     os.environ.pop('MIM_DEBUG', None)
 
-def chosen(words):
-    "The cases that some words name, with their numbers"
+def chosen(words, every=1):
+    "The cases that some words name, or every third of these, with their numbers"
     all_cases = cases()
-    commands = {c.command.removeprefix('mim_') for _,c in enumerate(all_cases)}
+    commands = {c.command.removeprefix('mim_') for c in all_cases}
     names = [w.removeprefix('mim_') for w in words if not w[0].isdigit()]
     ranges = [[int(o) for o in w.split('-')] for w in words if w[0].isdigit()]
     for name in names:
         if name not in commands: raise SystemExit(f"no command {name!r}: {', '.join(sorted(commands))}")
     for i,c in enumerate(all_cases):
+        if i%every: continue
         wanted = not ranges or any(r[0]<=i<=r[-1] for r in ranges)
         if wanted and (not names or c.command.removeprefix('mim_') in names): yield i,c
 
@@ -272,11 +282,12 @@ def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument('what', nargs='*', help='commands, numbers, ranges of numbers')
     p.add_argument('--list', action='store_true')
+    p.add_argument('--every', type=int, default=1, help='only each second, third, ... case')
     p.add_argument('-v', '--verbose', action='store_true')
     p.add_argument('--base', type=Path, help='a folder for the files that all share; made if missing')
     p.add_argument('--json', type=Path, help='a file for the results')
     args = p.parse_args()
-    numbered = list(chosen(args.what))
+    numbered = list(chosen(args.what, args.every))
     if args.list:
         for i,c in numbered: print(f'{i:4} {shown(c)}')
         return 0
@@ -287,9 +298,6 @@ def _attack_all(args, numbered, top):
     setup(top)
     entries_of,work,rows = entry_points(),top/'work',[]
     prepare(args.base and args.base.resolve(), work, entries_of)
-    if args.base and not (args.base/'done').exists():
-        shutil.copytree(work/'in', args.base/'in', symlinks=True, ignore=lambda d,names: [n for n in names if n in ('odd',)])
-        (args.base/'done').touch()
     before = contents(work/'in')
     for i,case,r in attack(numbered, entries_of, work):
         found = faults(case, r)
@@ -301,8 +309,7 @@ def _attack_all(args, numbered, top):
     return 1 if changed or any(r['faults'] for r in rows) else 0
 
 def contents(folder):
-    "The bytes of every file"
-    import hashlib
+    "A digest of every file"
     found = {}
     for p in sorted(folder.rglob('*')):
         if p.is_file() and not p.is_symlink(): found[str(p)] = hashlib.sha256(p.read_bytes()).hexdigest()
@@ -326,6 +333,7 @@ def _summary(rows, changed):
     for c in changed: print('A FILE OF THE USER CHANGED:', c)
     largest = max((r.get('grown', 0) for r in rows), default=0)
     print(f"{len(rows)} cases, {len(bad)} with faults, {sum(r.get('code')==0 for r in rows)} accepted, "
-          f"{sum(r.get('seconds', 0) for r in rows):.0f} seconds, {largest/2**20:.0f} MiB beyond the imports")
+          f"{sum(r.get('seconds', 0) for r in rows):.0f} seconds, "
+          f"{sum(r.get('busy', 0) for r in rows):.0f} of the processor, {largest/2**20:.0f} MiB beyond the imports")
 
 if __name__=='__main__': sys.exit(main())

@@ -19,6 +19,7 @@ class Case(NamedTuple):
     around:tuple=() # context managers around the call
     then:tuple=()   # a corrected command, which must succeed after this one failed
     writes:str='my/'# a pattern for what it may write if it is accepted
+    leaves:str='(?!)' # a pattern for what may stay if it is refused
     quick:bool=False # refused for its arguments alone
 
 bases = dict(
@@ -79,6 +80,16 @@ remote = ['wds/pipe:touch my/pwned', 'wds/pipe:touch my/pwned #{0..1}.tar', 'wds
           'wds/file:///etc/passwd', 'wds/', 'wds/nowhere.tar', 'wds/in/tars/{0..99999999999}.tar', 'http://127.0.0.1:9/{0..1}.tar',
           'https://127.0.0.1:9/a.tar', 'torch/', 'torch/nosuch', 'torch/cifar10', 'torch/imagenet', 'hfds/nosuch/nosuch', 'hfids/nosuch',
           'tfds/nosuch', 'nosuch/cifar10', 'hf-hub:nosuch/nosuch']
+
+good_data = {'in/flat': 'images without labels', 'in/oneclass': 'its labels are not needed', 'in/disjoint': 'its labels are not needed', 'in/grey': 'one channel',
+             'in/point': 'pixels can be enlarged', 'in/odd/loop': 'a link in a circle is left out', 'in/odd/withfifo': 'a FIFO is left out', 'in/odd/danglings': 'a link to nothing is left out',
+             'in/odd/device': 'a device is left out', 'in/tars/good.tar': 'images in a tar', 'in/tars/{good,nolabel}.tar': '', 'in/tars/absolute.tar': 'names are only names',
+             'in/tars/dots.tar': 'names are only names', 'in/tars/negative.tar': 'no labels', 'in/tars/huge.tar': 'labels are numbered anew', 'in/tars/fraction.tar': 'labels are names',
+             'in/tars/bytes.tar': 'labels are names', 'in/tars/list.tar': 'without labels', 'in/tars/deepjson.tar': 'without labels', 'in/tars/digits.tar': 'labels are left out',
+             **{f'in/mended/{o}': 'one broken image is left out' for o in 'cut nothing text zeros svg html bomb header'.split()}}
+del good_data['in/tars/{good,nolabel}.tar']
+data_warnings = {**{f'in/mended/{o}': 'broken.png' for o in 'cut nothing text zeros svg html bomb header'.split()},
+                 **{f'in/odd/{o}': 'left out' for o in ('loop', 'withfifo', 'danglings', 'device')}, 'in/disjoint': 'no test images|no training images'}
 
 # Every flag with every bad value
 
@@ -174,10 +185,11 @@ def pretrain_cases():
     yield from flags(c, dict(
         method=[o for o in no_name if o!='0']+['BEIT', 'beit mae'], preset=no_name+['TINY'], scale=no_name+['1', 'square'],
         epochs=no_size+['0', '1e308', '1e7'], lr=no_size+['0', '1e308'], mask=no_size+['0', '1', '1.5', '1e-9'],
-        size=no_whole+['0', '1', '7', '9', '1000000', '4097', '8,8', '8x8'], patch=no_whole+['0', '3', '16', '1000000'],
+        size=no_whole+['0', '1', '7', '9', '1000000', '4097', '8,8', '8x', 'x8', '8x8x8', '0x8', '8x-1', '8x9', '8x1000000', '8 x 8'], patch=no_whole+['0', '3', '16', '1000000'],
         batch=no_whole+['0', '1000000', '13'], seed=no_whole, workers=no_whole+['1000000'], accumulate=no_whole+['0', '3', '1000000']),
-        {('seed', '0'): 'a seed', ('mask', '1e-9'): ''}, dict(size='side|pixel', patch='size', scale='learning', accumulate='batch|turn'))
-    yield from data_flags(c, accepted_data(labels=False))
+        {('mask', '1e-9'): 'one patch is hidden', ('size', '8 x 8'): 'it is clear'}, dict(size='side|pixel', patch='size', scale='learning', accumulate='batch|turn', lr='learning rate'))
+    yield from data_flags(c)
+    for v,why in good_data.items(): yield case(c, data=v, ok=why, warns=data_warnings.get(v, ''))
     for v in no_folder+['in/run', 'in/encoder', 'in/photos', 'in/tokenizer/config.json', 'in/mae.pth']:
         yield case(c, 'beit', *bases[c][1:], '--tokenizer', v, says=f'tokenizer|{shown_in_part(v)}')
         yield case(c, 'deepmim', *bases[c][1:], '--teacher', v, says=f'teacher|{shown_in_part(v)}',
@@ -194,20 +206,16 @@ def pretrain_cases():
     yield case(c, patch='3', then=line(c), note='and then the corrected command')
     yield case(c, 'beit', *bases[c][1:], '--tokenizer', 'in/encoder', then=line(c), note='and then the corrected command')
     yield case(c, *bases[c], '--tensorboard', says='tensorboard', then=line(c), may='the package may be there', note='and then the corrected command')
-    yield case(c, 'mixmim', *bases[c][1:], says='size|window|patch')
+    yield case(c, 'mixmim', *bases[c][1:], says='size|window|patch|cells')
     yield case(c, lr='1e30', says='learning rate', then=line(c, out='my/other'), may='it may stay finite')
     yield case(c, *bases[c], '-h', ok='help', quick=True)
     yield from surroundings(c, says='.')
-
-def accepted_data(labels):
-    "Names among the bad ones that some command can use"
-    return {'in/tars/negative.tar': ''}
 
 def out_cases(c, kind):
     "Places where nothing can, or should, be written"
     targets = ['/dev/null/x', '/proc/x', '/proc/self/x', '/sys/x', 'in/text.txt', 'in/text.txt/x', 'in/flat/0.png', 'x'*300, 'my/'+'y/'*3000,
               'in/odd/circle', 'in/odd/fifo', 'in/odd/circle/x', '/dev/null', '/dev/full', '']
-    for v in targets: yield case(c, out=v, says='out|'+shown_in_part(v))
+    for v in targets: yield case(c, out=v, says='out|/x|folder|'+shown_in_part(v))
     if kind=='run':
         for v in ('in/photos/run', 'in/photos/train/run', 'in/photos'): yield case(c, out=v, says='data|image')
         yield case(c, out='in/run', says='resume')
@@ -215,8 +223,9 @@ def out_cases(c, kind):
         for name in ('log.jsonl', 'last.ckpt', 'encoder/notes.txt', 'reconstructions.png', 'tokenizer/x', 'metrics.json'):
             yield case(c, make=(raw_file('out/'+name, 'mine'),), says=name.split('/')[0].replace('.', r'\.'), note=f'my/out/{name} is the user\'s')
         yield case(c, make=(raw_file('out/new.ckpt.tmp', 'mine'),), ok='a file with another name stays', note='my/out/new.ckpt.tmp is the user\'s')
-    yield case(c, make=(make_folder('out', 0o555), owned(0o755)), around=(as_nobody,), says='permission|out', note='my/out may not be written')
-    yield case(c, make=(owned(0o555),), around=(as_nobody,), says='permission|out', note='my may not be written')
+    out = 'my/out/x.json' if kind=='file' else 'my/out'
+    yield case(c, out=out, make=(make_folder('out', 0o555), owned(0o755)), around=(as_nobody,), says='permission|out', note='my/out may not be written')
+    yield case(c, out=out.replace('/out', ''), make=(owned(0o555),), around=(as_nobody,), says='permission|out|my', note='my may not be written')
 
 # Descriptions of a run
 
@@ -275,14 +284,14 @@ def config_cases(command, name, *words, only=None, **kwargs):
         yield Case(command, words, make=(run_with(replaced_by(name, kind)),), note=f'{name}: a {kind}', **kwargs)
 
 # Some edits change nothing that the command needs, or choose another run that is as good
-show_accepts = r"""preset=|data=|model\.mask_ratio=|seed=0|recipe\.|without preset"""
+show_accepts = r"model\.(mask_ratio=|norm_pix|mean|std|teacher)|data='|recipe.batch_size=1000000000000"
 
 def resume_cases():
     c,resume = 'mim_pretrain', ('--resume', '--workers', '0', '--device', 'cpu', '--out', 'my/run')
     named = (*resume, '--data', 'in/photos')
     yield Case(c, named, ok='the run is finished', make=(run_with(),), writes='my/run/')
     yield Case(c, resume, says='data', make=(run_with(edit_json('config.json', _set('data', to='in/flat'))),), note='the data edited')
-    yield from config_cases(c, 'config.json', *named, only=r'(?!data=.*(nowhere|etc|pipe|http|torch|flat))', says='config|run')
+    yield from config_cases(c, 'config.json', *named, only=r'(?!data=.*(nowhere|etc|pipe|http|torch|flat))', says='config|run|in_chans|batch of 1')
     for note in ("data='nowhere'", "data='/etc'", "data='wds/pipe:touch my/pwned'", "data='http://127.0.0.1:9/a.tar'", "data='torch/cifar10'"):
         yield Case(c, resume, make=(run_with(edit_json('config.json', config_changes[note])),), note=f'config.json: {note}', says='data')
     for damage in damages:
@@ -389,9 +398,9 @@ encoder_accepts = (r"config.json: (num_classes=10|num_features=|pretrained_cfg=|
 def evaluate_cases():
     c = 'mim_evaluate'
     yield from flags(c, dict(
-        probe=no_name+['knn,', 'knn,nosuch', 'KNN', 'knn linear'], layer=no_whole+['0', '99', '1,2', 'ALL', 'all,1'], pool=no_name+['cls', 'max'],
+        probe=no_name+['knn,', 'knn,nosuch', 'KNN', 'knn linear'], layer=no_whole+['0', '99', '1,2', 'ALL', 'all,1'], pool=no_name+['max', 'CLS'],
         labels=no_size+['0', '1.5', '2'], recipe=no_name+['TINY'], epochs=no_size+['0', '1e308', '1e7'], seed=no_whole),
-        {('seed', '0'): 'a seed'}, dict(labels='share', layer='block'))
+        also=dict(labels='share', layer='block'))
     for name in ('epochs', 'seed', 'recipe'):
         for v in {'epochs': no_size+['0', '1e308'], 'seed': ['-1', '9'*25], 'recipe': no_name}[name]:
             yield case(c, *line(c, probe='finetune', **{name: v}), says=f'{name}|{shown_in_part(v)}', quick=True)
@@ -426,8 +435,13 @@ def show_cases():
     for v in no_whole+['0', '99']: yield case(c, what='attention', layer=v, says='layer|block|'+shown_in_part(v))
     for v in no_folder+['in/encoder', 'in/tokenizer', 'in/photos', 'in/run/config.json', 'nosuch', 'in/run/last.ckpt', 'in/run/encoder']:
         yield case(c, v, *bases[c][1:], says='run|'+shown_in_part(v))
-    pictures = ('my/run', '--what', 'pictures', '--device', 'cpu')
-    yield from config_cases(c, 'config.json', *pictures, says='config|data|run', may='')
+    pictures = ('my/run', '--what', 'pictures', '--device', 'cpu', '--data', 'in/photos')
+    for note,change in config_changes.items():
+        may = 'pictures do not need it' if re.match(show_accepts, note) else ''
+        yield Case(c, pictures, make=(run_with(edit_json('config.json', change)),), note=f'config.json: {note}', says='config|run|in_chans', may=may, writes=writes[c])
+    yield from config_cases(c, 'config.json', *pictures, only='(?!)', says='config|run')
+    for note in config_changes:
+        if note.startswith('data='): yield Case(c, pictures[:-2], make=(run_with(edit_json('config.json', config_changes[note])),), note=f'config.json: {note}', says='config|data')
     for note,raw in log_rows.items():
         yield Case(c, ('my/run', *bases[c][1:]), says='log', may='rows that are no rows are left out', make=(run_with(put('log.jsonl', raw)),), note=f'log.jsonl: {note}', writes='my/run/curves.png')
     for kind in ('folder', 'fifo', 'circle', '/dev/zero'):
@@ -504,14 +518,18 @@ def convert_cases():
     c = 'mim_convert'
     yield from flags(c, dict(
         method=no_name+['MAE', 'beit', 'mcbeit', 'saim', 'mixmim', 'deepmim', 'dalle', 'vqgan'], format=no_name+['TIMM', 'onnx'],
-        size=no_whole+['0', '1', '7', '1000000', '8,8'], mean=no_size[:4]+['½', digits, 'inf', '-inf', '1e308', '300'], std=no_size+['0', '1e-320', '1e308'],
+        size=no_whole+['0', '1', '7', '1000000', '8,8'], mean=no_size[:4]+['½', digits, 'inf', '-inf', '1e308', '123.7'], std=no_size+['0', '1e-320', '1e308', '58'],
         heads=no_whole+['0', '3', '-3', '1000000', '128']), {('method', 'deepmim'): 'the same weights'}, dict(heads='num_heads', size='side|pixel|patch', method='look'))
-    yield from flags(c, dict(file=[*no_folder, 'in/run', 'in/encoder', 'in/photos', 'in/flat', 'in/run/config.json', 'in/run/encoder/config.json', 'in/tars/good.tar']), also=dict(file='checkpoint|weights'))
+    yield from flags(c, dict(file=[*no_folder, 'in/photos', 'in/flat', 'in/run/config.json', 'in/run/encoder/config.json', 'in/tars/good.tar']), also=dict(file='checkpoint|weights|error'))
+    for name in ('in/run', 'in/encoder'):
+        yield case(c, file=name, heads=None, ok='config.json says what it is')
+        yield case(c, file=name, heads='4', says='heads', note='config.json says 3')
+        yield case(c, file=name, heads=None, method='beit', says='beit')
     for name in ('in/run/last.ckpt', 'in/run/encoder/model.safetensors', 'in/tokenizer/model.safetensors'):
         yield case(c, file=name, says='package|encoder|look|published', may='config.json beside it says what it is')
     for note,make in published.items():
         yield case(c, file='my/file.pth', make=(checkpoint(make),), note=note, says='my/file|checkpoint|published|weight|shape',
-                   may='widened' if note in ('half precision', 'sparse') else '')
+                   may={'half precision': 'widened', 'sparse': 'made dense', 'some keys that are numbers': 'they are no weights'}.get(note, ''))
     for note,raw in (raw_published|safetensors).items():
         for name in ('file.pth', 'file.safetensors'):
             yield case(c, file=f'my/{name}', make=(raw_file(name, raw),), note=note, says='my/file|checkpoint|weights')
@@ -521,12 +539,12 @@ def convert_cases():
                    may='zip files may have more at their end' if damage is longer else '')
     for protocol in range(6):
         yield case(c, file='my/file.pth', make=(lambda my, base, p=protocol: trap('file.pth', p)(my),), note=f'a trap, protocol {protocol}', says='my/file')
-    yield case(c, file='my/file.pth', make=(lambda my, base: trap('file.pth', zipped=True)(my),), note='a zipped trap', says='my/file')
+    yield case(c, file='my/file.pth', make=(lambda my, base: trap('file.pth', zipped=True)(my),), note='a zipped trap', says='my/file|checkpoint')
     for v in ('x', 'a/b/c', '', 'é/é', '../x', 'a/b', 'nosuchuser/nosuchmodel'):
-        yield case(c, push=v, says='push|hub|hugging|connect|'+shown_in_part(v), note='offline', writes='my/')
+        yield case(c, push=v, says='push|hub|hugging|connect|'+shown_in_part(v), note='offline', leaves='my/out')
     for flag,v in (('size', '32'), ('push', 'a/b')): yield case(c, format='transformers', **{flag: v}, says=flag, quick=True)
     for name in ('saim', 'deepmim', 'mixmim'): yield case(c, file=f'in/{name}.pth', method=name, format='transformers', says='transformers', heads=None)
-    for flag in ('file', 'method', 'out'): yield case(c, **{flag: None}, says=flag, quick=True)
+    for flag in ('file', 'method', 'out'): yield case(c, **{flag: None}, says='required: out', quick=True)
     yield from words(c, ['--f', 'x'])
     yield from out_cases(c, 'folder')
     yield case(c, out='in/photos', says='photos|out|holds')

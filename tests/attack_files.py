@@ -35,7 +35,7 @@ def make_images(f):
     for name in ('train', 'Train', 'test'): pictures(f/'twice'/name/'red')
     pictures(f/'deep'/'photos'/'train')
     pictures(f/'deep'/'photos'/'test')
-    pictures(f/'point', 4, side=1)
+    pictures(f/'point', 8, side=1)
     pictures(f/'grey', 8, channels=1)
     (f/'empty').mkdir()
     (f/'text.txt').write_text('some words of mine\n')

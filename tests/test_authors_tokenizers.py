@@ -5,6 +5,7 @@ import pytest, torch
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
+from mim_nb import pickles
 from mim_nb import authors_tokenizers as at, pickles
 from mim_nb.authors_tokenizers import DalleTokenizer, PublishedTokenizer, VQGANTokenizer
 from mim_nb.pickles import read_pickled
@@ -133,8 +134,8 @@ def test_nothing_runs(tmp_path, kind):
     pkl = harmful(tmp_path/'pwned')[kind]
     copyreg.add_extension('posix', 'mkdir', 0x42)
     try:
-        o = at.TensorReader(io.BytesIO(pkl), 0).load()
-        assert isinstance(o, at.Inert)
+        o = pickles.TensorReader(io.BytesIO(pkl), 0).load()
+        assert isinstance(o, pickles.Inert)
         for content in (pkl, pickle.dumps(0)[:-1]+b'0'+pkl):
             with pytest.raises(ValueError, match='cannot be read as a pickled module'): read_pickled(archive(tmp_path/'evil.pkl', content))
         (tmp_path/'raw.pkl').write_bytes(pkl)

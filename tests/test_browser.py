@@ -102,7 +102,7 @@ def test_everybody_can_read_it(site, address, tab, axe, scheme, rules, every):
     ('blockwise', 'masks.html'), ('relative position bias', 'attention.html'), ('codebook', 'tokenizers.html'), ('leak test', 'mim.html'),
     ('layer decay', 'finetune.html'), ('linear probe', 'probes.html'), ('windows', 'mixmim.html'),
     ('block_mask', 'masks.html#block_mask'), ('patchify', 'patches.html#patchify'), ('load_official', 'checkpoints.html#load_official'),
-    ('attntion distence', 'visualize.html')])
+    ('attntion distence', 'attention_heads.html')])
 def test_search(address, tab, query, wanted):
     if '/index.html' not in tab.url: tab.goto(address+'index.html')
     tab.locator('.smalldocs-search input').fill(query)

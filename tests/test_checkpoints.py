@@ -118,7 +118,7 @@ def test_other_precisions(dtype):
     sd = {k: v.to(dtype) if v.is_floating_point() else v for k,v in WEIGHTS['beit'].items()}
     m = quiet('beit', sd, **PLAIN)
     assert all(p.dtype==torch.float32 for p in m.parameters())
-    with torch.no_grad(): assert close(m.encode(FIX['beit']['in/images'], FIX['beit']['in/bool_masked_pos']), FIX['beit']['out/features'], {torch.float16: 1e-2, torch.bfloat16: 5e-2}.get(dtype, 1e-5))
+    with torch.no_grad(): assert close(m.encode(FIX['beit']['in/images'], m.as_mask(FIX['beit']['in/bool_masked_pos'])), FIX['beit']['out/features'], {torch.float16: 1e-2, torch.bfloat16: 5e-2}.get(dtype, 1e-5))
     if dtype!=torch.float64:
         with pytest.warns(UserWarning, match=f"stored in {str(dtype)[6:]}, and widened to float32, which adds no precision"): load_official('beit', sd)
 
@@ -379,9 +379,10 @@ def test_plain_timm_gives_the_reference_s_features(folders):
 
 def test_mixmim_through_timm(folders, models):
     m = models['mixmim']; before = m.encoder
+    cells = FIX['mixmim']['out/mask_s4'].flatten().bool()
     try:
         m.encoder = timm.create_model(f"local-dir:{folders/'mixmim'}", pretrained=True).eval()
-        with torch.no_grad(): z = m.encode(FIX['mixmim']['in/images'], ~FIX['mixmim']['out/mask_s4'].flatten().bool()), m.encode(FIX['mixmim']['in/images'], FIX['mixmim']['out/mask_s4'].flatten().bool())
+        with torch.no_grad(): z = [m.encode(FIX['mixmim']['in/images'], m.as_mask(c)) for c in (~cells, cells)]
     finally: m.encoder = before
     assert any(close(t.reshape(FIX['mixmim']['out/z'].shape), FIX['mixmim']['out/z']) for t in z)
 

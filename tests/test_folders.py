@@ -188,12 +188,17 @@ def test_oblong_images_and_patches_come_back(name, size, patch, tmp_path):
     x = torch.rand(2, 1, *m.img_size)
     with torch.no_grad():
         want = m.encoder.forward_features(x)
-        e,plain = load_folder(tmp_path/'e'),timm.create_model(f"local-dir:{tmp_path/'e'}", pretrained=True).eval()
-        back = load_official(name, tmp_path/'e'/'model.safetensors')
-        assert all(torch.allclose(o.forward_features(x), want, atol=1e-5) for o in (e, plain, back.encoder))
+        e,back = load_folder(tmp_path/'e'),load_official(name, tmp_path/'e'/'model.safetensors')
+        found = [e, back.encoder]
+        able = size==28 or hasattr(timm.models.beit.Beit, 'set_input_size')        # older versions of timm take oblong tables for square ones
+        if able or 'beit' not in name: found.append(timm.create_model(f"local-dir:{tmp_path/'e'}", pretrained=True).eval())
+        assert all(torch.allclose(o.forward_features(x), want, atol=1e-5) for o in found)
     assert e.pretrained_cfg['input_size']==(1, *m.img_size) and back.img_size==m.img_size and back.patch_size==m.patch_size
     twice = tuple(2*s for s in m.img_size)
-    save_encoder(m, tmp_path/'twice', img_size=twice)
+    try: save_encoder(m, tmp_path/'twice', img_size=twice)
+    except ValueError as e:
+        assert not able and 'take a newer timm' in str(e)
+        return
     assert load_folder(tmp_path/'twice')(torch.rand(1, 1, *twice)).isfinite().all()
 
 def test_a_run_and_timms_prefix(saved, tmp_path):

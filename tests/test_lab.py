@@ -62,7 +62,7 @@ def code_cells(path): return [c for c in json.loads(path.read_text())['cells'] i
 
 def test_lab_opens_the_index_and_its_links_lead_to_notebooks(tab):
     tab.locator('.jp-NotebookPanel a:visible', has_text=re.compile('^Images$')).first.click()
-    tab_of(tab, '00_data.ipynb').wait_for()
+    tab_of(tab, '00_images.ipynb').wait_for()
 
 @pytest.mark.parametrize('name', ['02b_playground', '06b_cli'])
 def test_run_all(tab, course, name):

@@ -150,7 +150,7 @@ def test_pretraining_command_and_export(tmp_path):
     assert {'encoder', 'metrics.json', 'reconstructions.png', 'log.jsonl', 'last.ckpt'} <= {f.name for f in (tmp_path/'run').iterdir()}
     m = MAE().eval(); save_encoder(m, tmp_path/'mine'); x = torch.rand(2,1,28,28)
     torch.testing.assert_close(timm.create_model(f'local-dir:{tmp_path}/mine', pretrained=True).eval()(m.normalize(x)), m.encoder(m.normalize(x)))
-    with pytest.raises(ValueError, match='less than 1'): mim_pretrain('mae', data=str(photos), mask=1.5, device='cpu', out=tmp_path/'bad')
+    with pytest.raises(ValueError, match='between 0 and 1'): mim_pretrain('mae', data=str(photos), mask=1.5, device='cpu', out=tmp_path/'bad')
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
 def test_parity_on_cuda():

@@ -159,7 +159,7 @@ def test_pretraining_command(tmp_path):
     config = json.loads((tmp_path/'run'/'config.json').read_text())
     assert config['method']=='mcbeit' and config['recipe']['betas']==[.9,.98]
     assert {'encoder', 'metrics.json', 'reconstructions.png', 'log.jsonl', 'last.ckpt'} <= {f.name for f in (tmp_path/'run').iterdir()}
-    with pytest.raises(ValueError, match='less than 1'): mim_pretrain(out=tmp_path/'bad', mask=1.5, **kw)
+    with pytest.raises(ValueError, match='between 0 and 1'): mim_pretrain(out=tmp_path/'bad', mask=1.5, **kw)
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
 def test_parity_on_cuda():

@@ -6,7 +6,7 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 import mim_nb.data as data, mim_nb.images as images, mim_nb.named_sets as named
 from mim_nb.data import Folder, ImageSet, LazySet, batch_indices, batches, load_data, sample
-from mim_nb.image_folders import Strings
+from mim_nb.lazy import Strings
 from mim_nb.decode import open_image, to_square
 from mim_nb.mim import MIMOut
 from mim_nb.pretrain import mim_pretrain

@@ -257,7 +257,7 @@ def checkpoint(folder, weights):
     save_ckpt(folder, 20, Weights(), torch.optim.SGD([torch.zeros(1)], .1), {})
     return folder
 
-@pytest.mark.parametrize('weights,says', [({}, 'holds another network'), ({'a': 3}, 'holds another network'), ({'mask_token': 'x'}, 'holds another network'), (None, 'not finite'), (7, 'can be used')])
+@pytest.mark.parametrize('weights,says', [({}, 'holds another network'), ({'a': 3}, 'holds another network'), ({'mask_token': 'x'}, 'holds another network'), (None, 'not finite'), (7, 'no checkpoint in')])
 def test_checkpoints_of_the_wrong_kind(run, m, tmp_path, weights, says):
     if weights is None: weights = {k: v/0 if v.is_floating_point() else v for k,v in m.state_dict().items()}
     folder = checkpoint(copied(run, tmp_path/'x'), weights)
@@ -294,6 +294,17 @@ def test_mixmim_shows_an_even_number_of_images(tmp_path):
         def __init__(self, n): self.n = n
         def images(self, n): return torch.rand(min(n, self.n), 1, 32, 32)
     for n in (1, 3): _draw_pictures(Few(n), (), None, plt.figure())
+
+@pytest.mark.parametrize('method', ['mae', 'mixmim'])
+def test_all_figures_of_a_run_on_images_that_are_no_squares(method, tmp_path):
+    m = one_of(method, img_size=(16,32), patch_size=2 if method=='mixmim' else (4,8))
+    model = dict(img_size=[16,32], patch_size=2, window=None) if method=='mixmim' else dict(img_size=[16,32], patch_size=[4,8])
+    write_config(tmp_path, run_settings(method, data='fashion_mnist', seed=0, model=model) | dict(model=dict(type(m).presets['tiny'], **model)))
+    save_encoder(m, tmp_path/'encoder')
+    save_ckpt(tmp_path, 20, m, torch.optim.AdamW(m.parameters()), {})
+    log(tmp_path, dict(step=10, epoch=1., loss=1.))
+    assert Run(tmp_path, 'cpu').images(3).shape==(3,1,16,32)
+    assert len(mim_show(str(tmp_path), device='cpu'))==6
 
 # What mim_show writes, and what it leaves
 def test_foreign_files_stay(run, tmp_path):

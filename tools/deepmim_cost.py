@@ -27,9 +27,10 @@ def measure(name, a):
     preset = MAE.presets[a.preset]; cls,kw = versions(preset['depth'], preset['decoder_depth'])[name]
     m = cls(**{**cls.presets[a.preset], **kw}).to(a.device)
     images,mask = torch.rand(a.batch, m.in_chans, *m.img_size, device=a.device),m.sample_mask(a.batch)
+    one = m.sample_mask(1)
     full = name.startswith('encoder')
     loss = (lambda: m.encoder(images).pow(2).mean()) if full else (lambda: m(images, mask).loss)
-    with FlopCounterMode(display=False) as flops, torch.no_grad(): m.encoder(images[:1]) if full else m.decode(m.encode(images[:1], mask[:1]), mask[:1])
+    with FlopCounterMode(display=False) as flops, torch.no_grad(): m.encoder(images[:1]) if full else m.decode(m.encode(images[:1], one), one)
     opt,times = torch.optim.AdamW([p for p in (m.encoder if full else m).parameters() if p.requires_grad]),[]
     for p in opt.param_groups[0]['params']: p.grad = torch.zeros_like(p)
     opt.step()                                                    # so that its memory is there before we count

@@ -51,7 +51,7 @@ def only(m, visible, image):
 
 def rows(m, name, pair, seed):
     "What is hidden of the first image, what the encoder sees, and what is predicted"
-    image,mask = pair[0],m.sample_mask(2, torch.Generator().manual_seed(seed))
+    image,mask = pair[0],m.sample_mask(2, torch.Generator().manual_seed(seed)).tensor
     predicted,mine = m.reconstruct(pair, mask)[0],mask[0]
     if name=='saim':
         turn = mine.argsort()/m.num_patches

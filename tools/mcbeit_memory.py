@@ -10,7 +10,7 @@ class Plain(McBEiT):
     def decode(self, z, mask): return self.head(z[:,1:])
     def loss(self, pred, target, mask, z):
         t = refine((target/self.tau).softmax(-1), z[:,1:], self.omega, self.tau_sim)
-        return -(t*pred.log_softmax(-1)).sum(-1)[mask].mean()
+        return -(t*pred.log_softmax(-1)).sum(-1)[mask.hidden].mean()
     def logs(self, pred, target, mask): return {}
 
 versions = {'hidden places only': McBEiT, 'all logits and the target': Plain}

@@ -32,9 +32,9 @@ def pieces():
     yield '[M] and visible patches', 'masked_scatter', lambda: back(blank.masked_scatter(~mask[...,None], v)), 'index_copy', lambda: back(torch.index_copy(blank.flatten(0,1), 0, shown, v.flatten(0,1)))
     yield "SAIM's sorting", 'take_along_dim', lambda: back(x.take_along_dim(order[...,None], 1)), 'index_select', lambda: back(x.flatten(0,1).index_select(0, rows))
 
-def old_visible(x, mask): return x[~mask].unflatten(0, (len(x), -1))
-def old_fill(x, token, mask): return token.to(x.dtype).expand(*mask.shape, -1).masked_scatter(~mask[...,None], x)
-def old_loss(self, pred, target, mask, z): return (pred-target)[mask].pow(2).mean()
+def old_visible(x, mask): return x[~mask.hidden].unflatten(0, (len(x), -1))
+def old_fill(x, token, hidden, shown_at): return token.to(x.dtype).expand(*hidden.shape, -1).masked_scatter(~hidden[...,None], x)
+def old_loss(self, pred, target, mask, z): return (pred-target)[mask.hidden].pow(2).mean()
 def old_by_turn(x, order): return x.take_along_dim(order[...,None], 1)
 before = dict(mae=[(mae,'visible',old_visible), (mae,'fill',old_fill), (mae.MAE,'loss',old_loss)], saim=[(saim,'by_turn',old_by_turn)])
 

@@ -25,7 +25,7 @@ class Masked(SAIM):
         return content,query[:,:,1:]
 
     def encode(self, x, mask):
-        e,(content,query) = self.encoder,self.masks(mask)
+        e,(content,query) = self.encoder,self.masks(mask.order)
         h = torch.cat([e.cls_token.expand(len(x), -1, -1), e.patch_embed(x)], 1)+e.pos_embed
         g = e.pos_embed[:,1:].expand(len(x), -1, -1)
         step = len(e.blocks)//self.query_depth
