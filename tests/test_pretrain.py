@@ -217,6 +217,16 @@ def test_a_flag_that_cannot_work_is_refused_at_once(tmp_path, here, monkeypatch,
     assert len(r.stderr.strip().splitlines())==1 and len(r.stderr)<1000
     assert list(tmp_path.iterdir())==[]
 
+@pytest.mark.parametrize('args,allowed', [(['--data', 'wds/https://example.org/x.tar'], True), ([], False)])
+def test_only_the_command_line_may_name_an_address(tmp_path, here, monkeypatch, args, allowed):
+    asked = []
+    def load_like(name, *_, allow_remote, **__):
+        asked.append(allow_remote)
+        raise OSError('no network here')
+    monkeypatch.setattr('mim_nb.prepare.load_like', load_like)
+    assert here(mim_pretrain_cli, 'mae', *args, '--device', 'cpu').returncode==1
+    assert asked==[allowed] and list(tmp_path.iterdir())==[]
+
 # ---- whose folder it is
 
 FAST = ['--epochs', 1, '--batch', 8, '--size', 16, '--device', 'cpu']
