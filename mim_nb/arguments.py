@@ -43,7 +43,7 @@ def check_number(
     "A `ValueError` for the first value that is no finite number inside the limits"
     for name,v in values.items():
         real = isinstance(v, numbers.Real) and not isinstance(v, bool)
-        if not (real and math.isfinite(v) and _inside(v, low, high, above, below)):
+        if not (real and abs(v)<math.inf and _inside(v, low, high, above, below)):
             span = _span(low, high, above, below)
             raise ValueError(f'{name} must be a number{span}, got {v!r}: change {name}')
 

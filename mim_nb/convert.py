@@ -110,10 +110,10 @@ def _check_arguments(method, format, size, mean, std, heads, push):
         raise ValueError("--size and --push go with --format timm: transformers resamples positions when the model runs, "
                          "and uploads with `huggingface-cli upload`")
     if size is not None: check_sides(size=size)
-    if mean is not None: check_number(mean=mean)
-    if std is not None: check_number(above=0, std=std)
+    if mean is not None: check_number(low=-1, high=1, mean=mean)          # of images in [0,1], not of bytes
+    if std is not None: check_number(above=0, high=1, std=std)
     if heads is not None: check_whole(1, 2**16, heads=heads)
-    if push: _check_push(push)
+    if push is not None: _check_push(push)
 
 # %% ../nbs/18b_convert.ipynb #00000014
 def mim_convert(

@@ -14,6 +14,7 @@ from timm.layers import to_2tuple
 from torch import nn
 from .augment import resize
 from .folders import encoder_folder, load_folder
+from .hub import check_reachable
 from .mae import Decoder, MAE
 from .arguments import check_choice, check_whole
 from .masks import pick
@@ -73,7 +74,9 @@ def teacher_model(
     if folder: return load_folder(folder)
     if str(name).startswith('local-dir:'): raise ValueError(f"there is no teacher {name!r}: a folder needs config.json and model.safetensors")
     try:
-        if pretrained: return timm.create_model(name, pretrained=True)
+        if pretrained:
+            check_reachable(name)
+            return timm.create_model(name, pretrained=True)
         with torch.device('meta'): return timm.create_model(name)
     except Exception as e:
         why = f"the weights of the teacher {name!r} cannot be had" if pretrained else f"there is no teacher {name!r}"

@@ -7,13 +7,10 @@ __all__ = ['mim_evaluate_cli', 'load_encoder', 'check_out', 'mim_evaluate', 'Cla
            'evaluate', 'evaluate_layers', 'features', 'knn', 'layer_features', 'linear_probe', 'standardize']
 
 # %% ../nbs/14c_evaluate.ipynb #00000003
-import os, socket, timm
+import os, re, timm
 import mim_nb.timm_models                     # timm then knows the encoder of MixMIM
-from huggingface_hub import constants, try_to_load_from_cache
 from pathlib import Path
 from torch import nn
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 from .arguments import check_choice, check_number, check_whole
 from .cli import command
 from .data import load_like
@@ -22,6 +19,7 @@ from .features import (check_class_token, check_layer, check_pool, encoder_parts
 from .files import read_json, write_json
 from .finetune import Classifier, finetune, finetune_recipes
 from .folders import encoder_folder, load_folder
+from .hub import check_reachable
 from .probes import (check_labels, check_probes, class_names, evaluate, evaluate_layers,
                            frozen_probes, knn, labels_like, linear_probe, split, standardize)
 from .ranks import get_device
@@ -31,27 +29,13 @@ _all_ = ['Classifier', 'finetune', 'finetune_recipes', 'split', 'evaluate', 'eva
          'features', 'knn', 'layer_features', 'linear_probe', 'standardize']
 
 # %% ../nbs/14c_evaluate.ipynb #00000007
-def _is_cached(repo):
-    "Whether the weights of a repository are on this machine"
-    files = 'model.safetensors', 'pytorch_model.bin'
-    return any(isinstance(try_to_load_from_cache(repo, f), str) for f in files)
-
-def _check_reachable(name):
-    "An error at once if weights would have to be fetched and there is no network"
-    if name.startswith('hf-hub:'): repo = name.removeprefix('hf-hub:').partition('@')[0]
-    else: repo = getattr(timm.get_pretrained_cfg(name), 'hf_hub_id', None)
-    if not repo or getproxies() or _is_cached(repo): return
-    hub = urlsplit(constants.ENDPOINT)
-    port = hub.port or dict(http=80).get(hub.scheme, 443)
-    socket.create_connection((hub.hostname, port), timeout=10).close()
-
 def _published(name):
     "A timm model with its published weights, or one sentence"
     if not name.startswith('hf-hub:') and not timm.is_model(name):
         raise ValueError(f"{name!r} is neither a folder nor a model that timm knows: give a run's "
                          "folder, or a name from timm.list_models()")
     try:
-        _check_reachable(name)
+        check_reachable(name)
         return timm.create_model(name, pretrained=True, num_classes=0).eval()
     except Exception as e:                    # of timm, the hub's library, or the network
         why = ' '.join(str(e).split())[:200] or type(e).__name__
@@ -109,7 +93,7 @@ def _check_layer_name(layer):
     "None, `all`, or the number of a block"
     if layer is None or layer=='all': return layer
     text = str(layer).strip()
-    if text.isascii() and text.isdigit() and int(text)>0: return int(text)
+    if re.fullmatch('0*[1-9][0-9]{0,5}', text): return int(text)
     raise ValueError(f"layer must be the number of a block, from 1, or all; got {layer!r}")
 
 def _check_request(data, probe, pool, labels, recipe, epochs, seed, out):

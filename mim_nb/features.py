@@ -44,7 +44,7 @@ def _img_size(model, cfg):
 
 def _per_channel(values, chans, device):
     "One value for each channel, (C,1,1); their mean where there are more or fewer"
-    v = torch.tensor(values, device=device).flatten()
+    v = torch.tensor(values, device=device, dtype=torch.float32).flatten()
     if len(v)!=chans: v = v.mean().expand(chans)
     return v.view(-1, 1, 1)
 

@@ -67,9 +67,9 @@ def _check_argument(folder, name, v, weights):
     "One argument: plain, and not larger than the number of weights allows"
     values = _flat(v)
     plain = all(o is None or isinstance(o, (bool, int, float, str)) for o in values)
-    whole = [abs(o) for o in values if isinstance(o, int)]
+    whole = [o for o in values if isinstance(o, int)]
     counts = any(word in name for word in ('depth', 'layers', 'blocks', 'repeats'))
-    if not plain or max(whole, default=0)>2**20 or counts and sum(whole)>weights:
+    if not plain or not 0<=min(whole, default=0)<=max(whole, default=0)<=2**20 or counts and sum(whole)>weights:
         raise ValueError(f"{folder/'config.json'} says {name}={str(v)[:40]}, which does not fit the {weights} weights "
                          "beside it: fetch or export the folder again")
 
@@ -217,10 +217,8 @@ def check_finite(
 ):
     "A `ValueError` for weights that are NaN or infinite"
     for k,v in weights.items():
-        if not v.is_floating_point() and k.endswith(('weight', 'bias')):
-            raise ValueError(f"{file}: {_some([k])} holds {v.dtype} where weights with a fraction belong: fetch the file again")
-        if not v.isfinite().all():
-            raise ValueError(f"{file}: {_some([k])} holds values that are not finite: the run that wrote it had diverged, "
+        if not (v.is_floating_point() or k.endswith('index')) or not v.isfinite().all():
+            raise ValueError(f"{file}: {_some([k])} holds values that are not finite numbers: the run that wrote it had diverged, "
                              "or the file is damaged")
 
 def read_encoder(

@@ -9,6 +9,7 @@ __all__ = ['tokenizer_recipe', 'min_tokenizer_steps', 'vocabulary', 'Prepared', 
 import torch, warnings
 from copy import deepcopy
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from timm.layers import to_2tuple
 from typing import NamedTuple
@@ -51,7 +52,8 @@ def _given_tokenizer(config, names):
     return t,config | dict(model=config['model'] | dict(vocab_size=t.vocab_size))
 
 def _load_images(config, names, chans, workers):
-    sides = to_2tuple(config['model']['img_size'])
+    usual = signature(get_method(config['method'])).parameters['img_size'].default
+    sides = to_2tuple(config['model'].get('img_size', usual))
     room = square_or_pair([round(side*8/7) for side in sides])
     more = dict(workers=workers, allow_remote=names.remote)
     train = load_like(names.data, 'train', room, chans, **more)
@@ -75,7 +77,7 @@ def prepare(
     _built(config, names, folder, 'meta')
     tokenizer,found = _given_tokenizer(config, names)
     if tokenizer: _built(found, names, folder, 'meta').set_tokenizer(deepcopy(tokenizer))
-    chans = found['model']['in_chans'] if folder else None
+    chans = found['model'].get('in_chans') if folder else None
     train,test = _load_images(found, names, chans, workers)
     per_epoch = steps_per_epoch(train, config['recipe']['batch_size'])
     config['model'] = found['model'] | dict(in_chans=len(train[0][0]))

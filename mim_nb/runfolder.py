@@ -103,11 +103,11 @@ def _take_back(out, before):
     "Remove what a start has written, unless training has begun"
     saved = [*find_ckpts(out), *find_ckpts(out/'tokenizer_training')]
     began = {p.relative_to(out).parts[0] for p in saved} - before
+    if '.lock' not in before: _remove(out/'.lock')
     if 'config.json' in before or began: return
     for p in out.iterdir():
         ours = p.name in _written or re.match(r'\.mim_nb-|events\.out\.', p.name)
         if ours and p.name not in before: _remove(p)
-    if '.lock' not in before: _remove(out/'.lock')
 
 @contextmanager
 def run_folder(
@@ -135,7 +135,9 @@ def check_run_place(
     data, # the name of the images
 ):
     "One sentence for a folder in which no run should be"
-    out,images = Path(out).resolve(),Path(data).expanduser()
+    out = Path(out).resolve()
+    try: images = Path(data).expanduser()
+    except RuntimeError: raise ValueError(f"the images {data} cannot be found: there is no such home folder") from None
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out} is a file: name a folder for the run with --out")
     if images.is_dir() and out.is_relative_to(images.resolve()):

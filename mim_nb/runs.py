@@ -7,7 +7,7 @@ __all__ = ['save_ckpt', 'find_ckpts', 'load_ckpt', 'read_log', 'append_row', 'st
            'PoliteSignals', 'surviving_output']
 
 # %% ../nbs/05c_runs.ipynb #8c9faeb8
-import errno, hashlib, json, os, shutil, signal, sys, threading, torch
+import errno, hashlib, json, math, os, shutil, signal, sys, threading, torch
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from .files import errors_in_words, sync_folder, write_whole
@@ -102,7 +102,11 @@ def save_ckpt(
 # %% ../nbs/05c_runs.ipynb #23a1b7b3
 def find_ckpts(folder)->list:
     "The checkpoints of a run's folder, newest first"
-    return [f for n in ('new', 'last', 'previous') if (f := Path(folder)/f'{n}.ckpt').is_file()]
+    files = [Path(folder)/f'{n}.ckpt' for n in ('new', 'last', 'previous')]
+    for f in files:
+        if os.path.lexists(f) and not f.is_file():
+            raise ValueError(f"{f} is no file, or a link that leads nowhere: move it away")
+    return [f for f in files if f.exists()]
 
 def load_ckpt(folder)->dict:
     "The newest checkpoint of a run's folder that can be used"
@@ -118,13 +122,15 @@ def load_ckpt(folder)->dict:
     raise ValueError(f"no checkpoint in {folder} can be read: start again in a new folder")
 
 # %% ../nbs/05c_runs.ipynb #dd038a7e
+def _finite(row): return all(isinstance(v, (int, float)) and abs(v)<math.inf for v in row.values())
+
 def read_log(folder)->list:
     "The rows of a run's `log.jsonl`; what is no row, or was cut off, is left out"
     f,rows = Path(folder)/'log.jsonl',[]
     for line in f.read_bytes().splitlines() if f.is_file() else []:
         try: row = json.loads(line)
         except (ValueError, RecursionError): continue
-        if isinstance(row, dict) and isinstance(row.get('step'), int): rows.append(row)
+        if isinstance(row, dict) and isinstance(row.get('step'), int) and _finite(row): rows.append(row)
     return rows
 
 def append_row(

@@ -523,7 +523,7 @@ def convert_cases():
     yield from flags(c, dict(file=[*no_folder, 'in/photos', 'in/flat', 'in/run/config.json', 'in/run/encoder/config.json', 'in/tars/good.tar']), also=dict(file='checkpoint|weights|error'))
     for name in ('in/run', 'in/encoder'):
         yield case(c, file=name, heads=None, ok='config.json says what it is')
-        yield case(c, file=name, heads='4', says='heads', note='config.json says 3')
+        yield case(c, file=name, heads='4', says='heads', may='a flag goes before what config.json says', note='config.json says 3')
         yield case(c, file=name, heads=None, method='beit', says='beit')
     for name in ('in/run/last.ckpt', 'in/run/encoder/model.safetensors', 'in/tokenizer/model.safetensors'):
         yield case(c, file=name, says='package|encoder|look|published', may='config.json beside it says what it is')

@@ -37,7 +37,7 @@ def test_shipped():
     assert len(seen)>9990 and sum(o.numpy().tobytes() in seen for o in te.images)<5
 
 def test_shipped_is_what_the_script_makes():
-    src = data.fashion_dirs[0]
+    src = named.fashion_dirs[0]
     if not Path(src).is_dir(): pytest.skip('the original files are not on this machine')
     made,z = make_subset().subset(src),np.load(Path(data.__file__).parent/'fashion_mnist'/'fashion_mnist.npz', allow_pickle=False)
     assert sorted(made)==sorted(z)

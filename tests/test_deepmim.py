@@ -9,7 +9,8 @@ from mim_nb.checkpoints import load_official, official_name, save_encoder
 from mim_nb.deepmim import DeepMIM, Teacher, spread_taps
 from mim_nb.mae import MAE
 from mim_nb.mim import leak
-from mim_nb.pretrain import mim_pretrain, pretrain, settings
+from mim_nb.pretrain import mim_pretrain, pretrain
+from mim_nb.runfolder import run_settings as settings
 from mim_nb.train import param_groups
 from mim_nb.visualize import Run
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np, torch
 from mim_nb.data import fashion_classes, load_data
 from mim_nb.patches import patchify, unpatchify
-from mim_nb.pretrain import machine, pretrain, settings
+from mim_nb.pretrain import machine, pretrain
+from mim_nb.runfolder import run_settings as settings
 from mim_nb.runs import read_log
 from mim_nb.visualize import Run
 

@@ -4,7 +4,8 @@ A run that is finished already is not repeated."""
 import argparse, json, torch
 from pathlib import Path
 from collect import summary
-from mim_nb.pretrain import pretrain, settings
+from mim_nb.pretrain import pretrain
+from mim_nb.runfolder import run_settings as settings
 from mim_nb.runs import read_log
 from mim_nb.files import write_json
 from mim_nb.visualize import Run
