@@ -1,7 +1,7 @@
 "DeepMIM against the authors' numbers, its taps, and its teachers"
 import json, shutil
 from pathlib import Path
-import pytest, timm, torch, torch.nn.functional as F
+import mim_nb.deepmim, pytest, timm, torch, torch.nn.functional as F
 from PIL import Image
 from hypothesis import given, settings as few, strategies as st
 from safetensors.torch import load_file
@@ -175,7 +175,7 @@ def test_targets_that_do_not_fit():
 def test_weights_that_cannot_be_had(monkeypatch):
     m = DeepMIM(teacher='vit_base_patch16_clip_quickgelu_224.openai')
     def offline(*args, **kw): raise OSError('no network\nand more')
-    monkeypatch.setattr(timm, 'create_model', offline)
+    monkeypatch.setattr(mim_nb.deepmim, 'check_reachable', offline)
     with pytest.raises(ValueError, match=r"the weights of the teacher 'vit_base.*' cannot be had \(OSError: no network\): give the folder .* or learn from pixels"): m(torch.rand(2,1,28,28))
 
 def test_bfloat16_keeps_the_loss_in_float32(ref):

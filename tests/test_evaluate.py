@@ -1,7 +1,7 @@
 "What fine-tuning and the probes promise, on encoders so small that a test takes a second"
 import json, math, os, signal, socket, sys, time
 from pathlib import Path
-import mim_nb.evaluate, pytest, timm, torch
+import mim_nb.evaluate, mim_nb.hub, pytest, timm, torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 from mim_nb.checkpoints import save_encoder
@@ -188,8 +188,8 @@ def test_names_that_are_no_encoder(tmp_path, monkeypatch, name, error, says):
 def test_without_a_network_one_sentence_comes_soon(monkeypatch, tmp_path, name):
     def no_network(*a, **kw): raise socket.gaierror(-2, 'Name or service not known')
     monkeypatch.setattr(socket, 'create_connection', no_network)
-    monkeypatch.setattr(mim_nb.evaluate, 'getproxies', dict)
-    monkeypatch.setattr(mim_nb.evaluate, 'try_to_load_from_cache', lambda *a: None)
+    monkeypatch.setattr(mim_nb.hub, 'getproxies', dict)
+    monkeypatch.setattr(mim_nb.hub, 'try_to_load_from_cache', lambda *a: None)
     monkeypatch.setattr(timm, 'create_model', lambda *a, **kw: pytest.fail('timm was asked'))
     start = time.time()
     with pytest.raises(OSError, match='could not load the weights of .*Name or service not known.*check the name and the network'): load_encoder(name)
@@ -197,7 +197,7 @@ def test_without_a_network_one_sentence_comes_soon(monkeypatch, tmp_path, name):
 
 def test_cached_weights_need_no_network(monkeypatch):
     monkeypatch.setattr(socket, 'create_connection', lambda *a, **kw: pytest.fail('the network was asked'))
-    monkeypatch.setattr(mim_nb.evaluate, 'try_to_load_from_cache', lambda repo, f: f'/cache/{f}')
+    monkeypatch.setattr(mim_nb.hub, 'try_to_load_from_cache', lambda repo, f: f'/cache/{f}')
     monkeypatch.setattr(timm, 'create_model', lambda *a, **kw: torch.nn.Linear(1, 1))
     assert not load_encoder('resnet10t').training
 
