@@ -12,7 +12,6 @@ from collections import abc
 from inspect import signature
 from pathlib import Path
 from typing import NamedTuple
-from . import timm_models                                       # so that MixMIM's encoders have a name
 from .authors_tokenizers import DalleTokenizer, VQGANTokenizer
 from .exports import save_encoder                         # has this address, too
 from .folders import check_memory, encoder_folder, read_encoder
@@ -170,6 +169,8 @@ def build(
     if needed: raise ValueError(_few('weights are missing', needed))
     placed = {n: ks for n,ks in where.items() if n not in found.unexpected_keys}
     dtypes = {sd[k].dtype for ks in placed.values() for k in ks}
+    for k in (k for ks in placed.values() for k in ks):
+        if not sd[k].is_floating_point(): raise ValueError(f"{k} holds whole numbers where fractions belong")
     return m,Loaded(name, placed, missing, left, dtypes, _assumed(cls, args, named, m))
 
 # %% ../nbs/18_checkpoints.ipynb #0000001f
