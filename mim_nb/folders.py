@@ -217,7 +217,7 @@ def check_finite(
 ):
     "A `ValueError` for weights that are NaN or infinite"
     for k,v in weights.items():
-        if not (v.is_floating_point() or k.endswith('index')) or not v.isfinite().all():
+        if not v.is_floating_point() and k.endswith(('weight', 'bias')) or not v.isfinite().all():
             raise ValueError(f"{file}: {_some([k])} holds values that are not finite numbers: the run that wrote it had diverged, "
                              "or the file is damaged")
 
