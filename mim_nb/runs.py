@@ -122,15 +122,13 @@ def load_ckpt(folder)->dict:
     raise ValueError(f"no checkpoint in {folder} can be read: start again in a new folder")
 
 # %% ../nbs/05c_runs.ipynb #dd038a7e
-def _finite(row): return all(isinstance(v, (int, float)) and abs(v)<math.inf for v in row.values())
-
 def read_log(folder)->list:
     "The rows of a run's `log.jsonl`; what is no row, or was cut off, is left out"
     f,rows = Path(folder)/'log.jsonl',[]
     for line in f.read_bytes().splitlines() if f.is_file() else []:
         try: row = json.loads(line)
         except (ValueError, RecursionError): continue
-        if isinstance(row, dict) and isinstance(row.get('step'), int) and _finite(row): rows.append(row)
+        if isinstance(row, dict) and isinstance(row.get('step'), int): rows.append(row)
     return rows
 
 def append_row(
@@ -176,6 +174,10 @@ def start_run(
     _write_log(folder, [])
     return 0,[]
 
+def _is_ours(row):
+    "Whether a row of the log can be one that training wrote: finite numbers"
+    return all(isinstance(v, (int, float)) and abs(v)<math.inf for v in row.values())
+
 def resume_run(
     folder,   # of the run
     m,        # a module like the one that was trained; gets its weights
@@ -191,7 +193,7 @@ def resume_run(
     except (RuntimeError, ValueError, KeyError, TypeError) as e:
         raise ValueError(f"the checkpoint in {folder} belongs to another network or optimizer "
                          f"({str(e).splitlines()[-1].strip()}): start a new folder") from None
-    rows = [r for r in read_log(folder) if r['step']<=ckpt['step']]
+    rows = [r for r in read_log(folder) if r['step']<=ckpt['step'] and _is_ours(r)]
     _write_log(folder, rows)
     return ckpt['step'],rows
 

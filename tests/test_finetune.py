@@ -53,6 +53,7 @@ def suite(rank):
     try: averaged('mae', **kw)
     except RuntimeError: pass
     Classifier.forward = whole
+    torch.distributed.barrier()              # torchrun, too, starts again when all have ended
     found['resumed'],found['undisturbed'] = (state(averaged('mae', **o)) for o in (dict(kw, resume=True), dict(epochs=2)))
     found['few'] = len(state(finetune(method('mae'), labelled(6, 3), mixup=.8, **FAST)))
     try: finetune(method('mae'), labelled(), mixup=.8, **{**FAST, 'batch_size': 6})
