@@ -9,13 +9,13 @@ __all__ = ['usual_sizes', 'mim_benchmark_cli', 'crop_room', 'images_to_crop', 'b
 # %% ../nbs/19_benchmark.ipynb #00000003
 import sys, time, torch
 from fastcore.imports import IN_NOTEBOOK
-from pathlib import Path
 from .arguments import check_whole, nearest
 from .augment import Augment
 from .cli import command
 from .data import load_like
 from .encoders import square_or_pair
-from .files import read_json, write_json
+from .evaluate import check_out
+from .files import write_json
 from .flops import counted_flops, forward_flops, fresh, step_flops
 from .images import ImageSet, batches, steps_per_epoch
 from .methods import get_method
@@ -146,19 +146,6 @@ def _plan(methods, preset, compile):
         rows += [(n, p, c) for n in having for c in ((False, True) if compile else (False,))]
     return rows
 
-def _check_out(out):
-    "One sentence for a place where no result can be written"
-    if out is None: return
-    out = Path(out)
-    if not out.parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {out.parent} to write {out.name} in: make it first, "
-                                "or name another file with --out")
-    if not out.exists(): return
-    try: ours = read_json(out).get('made_by')=='mim_benchmark'
-    except ValueError: ours = False
-    if not ours:
-        raise FileExistsError(f"{out} exists, and was not written by mim_benchmark: name another file with --out")
-
 def _images_for(plan, batch, device, data, tokenizer):
     "The images of each method and preset, or one sentence for the first row that cannot be measured"
     found,loaded = {},{}
@@ -191,7 +178,7 @@ def mim_benchmark(
     if steps is not None: check_whole(1, 2**20, steps=steps)
     for name,v in dict(data=data, out=out).items():
         if v is not None and not v.strip(): raise ValueError(f"--{name} is an empty text: give a name, or leave it out")
-    _check_out(out)
+    if out is not None: check_out(out, 'mim_benchmark')
     images = _images_for(plan, batch, device, data, tokenizer)
 
     clock,rows = time.process_time if own_time else time.perf_counter,[]

@@ -58,17 +58,17 @@ def load_encoder(
     return _published(name)
 
 # %% ../nbs/14c_evaluate.ipynb #88d3be0e
-_made_by = dict(made_by='mim_evaluate')
 _of_a_run = {'config.json', 'metrics.json', 'log.jsonl', 'model.safetensors', 'SHA256SUMS',
              'last.ckpt', 'previous.ckpt', 'reconstructions.png'}
 
-def _is_result(path):
-    "Whether a file is an earlier result"
-    try: return path.is_file() and read_json(path).items()>=_made_by.items()
+def _is_result(path, made_by):
+    "Whether a file is an earlier result of a command"
+    try: return path.is_file() and read_json(path).get('made_by')==made_by
     except (ValueError, OSError): return False
 
 def check_out(
-    out, # the JSON file that should be written
+    out,     # the JSON file that should be written
+    made_by, # the command that writes it, as the file's entry `made_by` says
 ):
     "One sentence if a result cannot be written there without loss"
     path = Path(out)
@@ -80,8 +80,8 @@ def check_out(
     if (path.parent/'model.safetensors').exists():
         raise ValueError(f"{path.parent} is the folder of an encoder, and a result would make it "
                          "look damaged: write the result elsewhere")
-    if os.path.lexists(path) and not _is_result(path):
-        raise FileExistsError(f"{path} was not written by mim_evaluate and will not be "
+    if os.path.lexists(path) and not _is_result(path, made_by):
+        raise FileExistsError(f"{path} was not written by {made_by} and will not be "
                               "overwritten: name another file")
     if not os.access(path.parent, os.W_OK):
         raise PermissionError(f"this user may not write into {path.parent}: name another folder")
@@ -105,7 +105,7 @@ def _check_request(data, probe, pool, labels, recipe, epochs, seed, out):
     if epochs is not None: check_number(above=0, high=10**6, epochs=epochs)
     check_whole(low=0, high=2**62, seed=seed)
     if not str(data).strip(): raise ValueError("the name of the data is empty: give a folder")
-    if out is not None: check_out(out)
+    if out is not None: check_out(out, 'mim_evaluate')
     return probes
 
 def _layers(m, layer):
@@ -167,8 +167,8 @@ def mim_evaluate(
     result = {p: v[0] if layer!='all' and p in frozen_probes else v for p,v in found.items()}
     _print(encoder, data, train, test, pool, layers, result)
     if out is not None:
-        check_out(out)                        # it may have come into being meanwhile
-        write_json(out, dict(_made_by, encoder=str(encoder), data=data, layer=layer, pool=pool,
+        check_out(out, 'mim_evaluate')                        # it may have come into being meanwhile
+        write_json(out, dict(made_by='mim_evaluate', encoder=str(encoder), data=data, layer=layer, pool=pool,
                              labels=labels, recipe=recipe, seed=seed,
                              norm='final norm, then pooled', **result))
     return result

@@ -22,7 +22,6 @@ from .evaluate import evaluate
 from .files import write_json
 from .prepare import get_tokenizer, prepare, vocabulary_report
 from .ranks import get_device, in_turn, on_first, ranks, together
-from .runconfig import write_config
 from .runfolder import (begin_run, check_run_place, flat_settings, record_run, run_folder,
                               run_settings)
 from .runs import find_ckpts

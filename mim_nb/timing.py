@@ -9,7 +9,7 @@ __all__ = ['step_parts', 'Marks', 'step_dtype', 'matmul_rate', 'recipe_step', 't
 import time, torch
 from statistics import median
 from .step import Step
-from .train import param_groups
+from .train import adamw
 
 # %% ../nbs/18d_timing.ipynb #bd6ee51b
 class Marks:
@@ -83,8 +83,7 @@ def recipe_step(
 )->Step:
     "The step that `fit` runs for a recipe"
     m.to(device).train()
-    groups,fused = param_groups(m, recipe['weight_decay']),True if device.type=='cuda' else None
-    opt = torch.optim.AdamW(groups, lr=recipe['lr'], betas=recipe['betas'], fused=fused)
+    opt = adamw(m, recipe['lr'], recipe['betas'], recipe['weight_decay'], device)
     return Step(m, opt, recipe['clip'], augment, compile=compile)
 
 # %% ../nbs/18d_timing.ipynb #d3b7b6c5

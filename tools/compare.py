@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mim_nb.data import load_data
 from mim_nb.evaluate import evaluate_layers, finetune, load_encoder, split
 from mim_nb.methods import create, methods
-from mim_nb.beit import get_tokenizer
+from mim_nb.prepare import get_tokenizer
 from mim_nb.pretrain import machine, pretrain
 from mim_nb.runfolder import run_settings as settings
 from mim_nb.ranks import get_device
