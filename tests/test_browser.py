@@ -100,7 +100,7 @@ def test_everybody_can_read_it(site, address, tab, axe, scheme, rules, every):
 
 @pytest.mark.parametrize('query,wanted', [
     ('blockwise', 'masks.html'), ('relative position bias', 'attention.html'), ('codebook', 'tokenizers.html'), ('leak test', 'mim.html'),
-    ('layer decay', 'finetune.html'), ('linear probe', 'probes.html'), ('windows', 'mixmim.html'),
+    ('layer decay', 'finetune.html'), ('linear probe', 'probes.html'), ('windows', 'mixmim_encoder.html'),
     ('block_mask', 'masks.html#block_mask'), ('patchify', 'patches.html#patchify'), ('load_official', 'checkpoints.html#load_official'),
     ('attntion distence', 'attention_heads.html')])
 def test_search(address, tab, query, wanted):
